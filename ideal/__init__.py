@@ -1,0 +1,1 @@
+"""IDEAL: how much of each SFT data set to train on (arXiv 2505.12762)."""

@@ -1,0 +1,108 @@
+"""The few things ranks do together, and who talks: rank 0.
+
+The process group itself is accelerate's (`PartialState`), so that the Trainer and we share one.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from ideal.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def is_initialized() -> bool:
+    """Whether several processes could work together now."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if is_initialized() else 0
+
+
+def world_size() -> int:
+    """The number of processes, 1 without torchrun."""
+    return dist.get_world_size() if is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that talks and writes files."""
+    return rank() == 0
+
+
+def say(text: str = "") -> None:
+    """Prints a line on rank 0, above any progress bar."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+def progress(total: int, description: str, unit: str = "batch") -> "tqdm[Any]":
+    """A progress bar with an estimate, on rank 0 alone; call `.update()`, use as a context manager."""
+    return tqdm(total=total, desc=description, unit=unit, disable=not is_main(), dynamic_ncols=True, leave=False)
+
+
+def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:
+    """Sums `tensor` over all ranks, in place."""
+    if is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
+    """Overwrites `tensor` with rank `source`'s, in place."""
+    if is_initialized():
+        dist.broadcast(tensor, source)
+    return tensor
+
+
+def all_gather_objects(value: Result) -> list[Result]:
+    """Every rank's `value`, in the order of ranks (small things: they are pickled among our own processes)."""
+    if not is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Waits for all ranks."""
+    if is_initialized():
+        dist.barrier()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Runs the body on rank 0 before the others, which then find its cache filled."""
+    if not is_main():
+        barrier()
+    try:
+        yield
+    finally:
+        if is_main():
+            barrier()
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """Runs `action` on every rank; if it is a UserError on any, it is that error on all.
+
+    So no rank waits in a collective for one that has already given up.
+    """
+    error: UserError | None = None
+    result: Any = None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    failed = [(number, str(e)) for number, e in enumerate(all_gather_objects(error)) if e is not None]
+    if failed:
+        number, text = failed[0]
+        raise UserError(text if number == 0 else f"{text} (on rank {number})") from error
+    return result
