@@ -1,0 +1,161 @@
+"""Ratios -> sizes -> which examples, how often -> token shares.
+
+Sizes are always ratio x the domain's own pool, and every choice of rows goes through one random order per
+(seed, domain): the first rows of that order, again and again when the ratio exceeds 1. So successive mixtures
+are nested, repeats are spread evenly (every example k times, the remainder without replacement), and no
+example is lost for good by resampling what was resampled.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ideal.seeding import generator
+
+
+@dataclass(frozen=True)
+class DomainMixture:
+    """One domain's part of a mixture.
+
+    counts: [rows of the pool] how often each example stands in the mixture.
+    trained_tokens: trained tokens of those examples, repeats counted.
+    """
+
+    counts: np.ndarray
+    trained_tokens: int
+
+    @property
+    def pool(self) -> int:
+        """Examples in the pool."""
+        return len(self.counts)
+
+    @property
+    def size(self) -> int:
+        """Examples in the mixture, repeats counted."""
+        return int(self.counts.sum())
+
+    @property
+    def ratio(self) -> float:
+        """size / pool."""
+        return self.size / self.pool
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What one inner loop trains on."""
+
+    round: int
+    domains: dict[str, DomainMixture]
+    beta: dict[str, float]
+
+    @property
+    def total_tokens(self) -> int:
+        """Trained tokens of one epoch."""
+        return sum(domain.trained_tokens for domain in self.domains.values())
+
+    @property
+    def total_rows(self) -> int:
+        """Examples of one epoch."""
+        return sum(domain.size for domain in self.domains.values())
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """[n] size / pool per domain."""
+        return np.array([domain.ratio for domain in self.domains.values()])
+
+    @property
+    def shares(self) -> np.ndarray:
+        """[n] s_j: each domain's part of the trained tokens, sum 1."""
+        return np.array([domain.trained_tokens for domain in self.domains.values()]) / self.total_tokens
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of mixture.json."""
+        shares = self.shares.tolist()
+        return {
+            "round": self.round,
+            "total_tokens": self.total_tokens,
+            "domains": {
+                name: {
+                    "pool": domain.pool,
+                    "size": domain.size,
+                    "ratio": domain.ratio,
+                    "share": share,
+                    "beta": self.beta[name],
+                }
+                for (name, domain), share in zip(self.domains.items(), shares, strict=True)
+            },
+        }
+
+
+def row_order(seed: int, domain: str, pool: int) -> np.ndarray:
+    """[pool] the random order in which a domain's examples enter its mixtures; the same in every round."""
+    return generator(seed, domain, "mixture").permutation(pool)
+
+
+def counts_of(order: np.ndarray, size: int) -> np.ndarray:
+    """[pool] how often each example stands among `size` examples taken along `order`, round and round."""
+    passes, remainder = divmod(size, len(order))
+    counts = np.full(len(order), passes, dtype=np.int64)
+    counts[order[:remainder]] += 1
+    return counts
+
+
+def size_for_tokens(order: np.ndarray, trained_tokens: np.ndarray, target: float) -> int:
+    """The number of examples along `order` whose trained tokens come nearest to `target`.
+
+    trained_tokens: [pool] per example. The result is off by at most half of one example's tokens.
+    """
+    per_pass = int(trained_tokens.sum())
+    passes, remainder = divmod(target, per_pass)
+    reached = np.concatenate([[0], np.cumsum(trained_tokens[order])])
+    return int(passes) * len(order) + int(np.argmin(np.abs(reached - remainder)))
+
+
+def build_mixture(
+    trained_tokens: Mapping[str, np.ndarray],
+    ratios: np.ndarray,
+    *,
+    seed: int,
+    round: int,
+    beta: np.ndarray | None = None,
+    total_tokens: int | None = None,
+) -> Mixture:
+    """The mixture that `ratios` [n] (in the order of `trained_tokens`) give.
+
+    trained_tokens: per domain, [pool] trained tokens of each example.
+    total_tokens: with a fixed volume, the trained tokens that the mixture must hold; the ratios then only say
+        in which proportion, and sizes follow from tokens, each domain within half an example. Without it,
+        size = ratio x pool, rounded. A domain with a positive ratio keeps at least one example.
+    """
+    names = list(trained_tokens)
+    pool_tokens = np.array([int(trained_tokens[name].sum()) for name in names], dtype=np.float64)
+    wanted = np.asarray(ratios, dtype=np.float64) * pool_tokens
+    domains = {}
+    for index, name in enumerate(names):
+        tokens = trained_tokens[name]
+        order = row_order(seed, name, len(tokens))
+        if total_tokens is None:
+            size = round_half_up(ratios[index] * len(tokens))
+        else:
+            size = size_for_tokens(order, tokens, total_tokens * wanted[index] / wanted.sum())
+        counts = counts_of(order, max(size, 1) if ratios[index] > 0 else 0)
+        domains[name] = DomainMixture(counts, int(counts @ tokens))
+    steps = np.zeros(len(names)) if beta is None else beta
+    return Mixture(round, domains, dict(zip(names, map(float, steps), strict=True)))
+
+
+def round_half_up(value: float) -> int:
+    """Nearest integer, halves up (Python's rounds halves to even, which would make sizes jump by two)."""
+    return int(np.floor(value + 0.5))
+
+
+def training_rows(mixture: Mixture, seed: int, epoch: int) -> list[tuple[str, int]]:
+    """One epoch's (domain, row of its pool) in the order they are trained on, all domains shuffled together."""
+    entries = [
+        (name, int(row))
+        for name, domain in mixture.domains.items()
+        for row in np.repeat(np.arange(domain.pool), domain.counts)
+    ]
+    return [entries[i] for i in generator(seed, mixture.round, epoch, "training order").permutation(len(entries))]
