@@ -1,0 +1,432 @@
+"""The numbers of a run as tables, for the console and for the page alike: pure functions on its files."""
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+
+from ideal.report.files import Json, RunFiles, number
+
+WIDTH = 100
+MISSING = "-"
+SINGLE_SEED = (
+    "These are differences within one run with one seed. Runs that differ in nothing but the seed differ "
+    "too: a small change may be noise, and only repeats with other seeds can tell."
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of formatted cells; the first column holds names."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+def as_text(table: Table, width: int = WIDTH) -> str:
+    """The table as aligned plain text; names are shortened so that lines fit `width`, if that is enough."""
+    cells = [table.header, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    others = sum(widths[1:]) + 2 * (len(widths) - 1)
+    widths[0] = min(widths[0], max(width - others, 12))
+    lines = [
+        "  ".join(
+            [shorten(row[0], widths[0]).ljust(widths[0])]
+            + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in cells
+    ]
+    rule = "-" * max(map(len, lines))
+    title = [table.title] if table.title else []
+    return "\n".join([*title, lines[0], rule, *lines[1:]])
+
+
+def shorten(name: str, length: int, mark: str = "..") -> str:
+    """`name` on one line, in at most `length` characters; its middle goes: the ends tell names apart."""
+    name = " ".join(name.split())
+    if len(name) <= length:
+        return name
+    kept = length - len(mark)
+    return name[: kept - kept // 2] + mark + name[len(name) - kept // 2 :]
+
+
+def mixture_table(run: RunFiles, round_number: int, next_mixture: Json | None = None) -> Table:
+    """One row per domain: what round `round_number` trained on, alpha, and what follows for the next round.
+
+    `next_mixture` has the shape of mixture.json; without it the next round's own file is read, if it exists.
+    """
+    this = run.round(round_number)
+    following = next_mixture or run.round(round_number + 1).mixture
+    domains = this.mixture.get("domains", {})
+    alpha = dict(zip(this.influence.get("domains", []), this.influence.get("alpha") or [], strict=False))
+    header = ["domain", "pool", "size", "ratio", "share"]
+    header += ["alpha"] * bool(alpha) + ["beta", "next ratio"] * bool(following)
+    rows = []
+    for name, entry in domains.items():
+        row = [name, count(entry.get("pool")), count(entry.get("size"))]
+        row += [ratio(entry.get("ratio")), percent(entry.get("share"))]
+        if alpha:
+            row.append(scientific(alpha.get(name)))
+        if following:
+            then = following.get("domains", {}).get(name, {})
+            row += [change(then.get("beta")), ratio(then.get("ratio"))]
+        rows.append(row)
+    if rows:
+        sizes = [number(entry.get("size")) for entry in domains.values()]
+        total = ["total", "", count(sum(s for s in sizes if s is not None)), "", ""]
+        rows.append(total + [""] * (len(header) - len(total)))
+    return Table("", header, rows)
+
+
+def loss_table(run: RunFiles, round_number: int, against: int | None = None) -> Table:
+    """One row per capability, then Q: the losses of the base model, an earlier round and this one.
+
+    `against` is that earlier round's number, the round before by default.
+    """
+    this, base = run.round(round_number).evaluation, run.base
+    earlier = round_number - 1 if against is None else against
+    before = run.round(earlier).evaluation if earlier < round_number else {}
+    header = ["mean loss per token", "base"]
+    header += [f"round {earlier}"] * bool(before)
+    header += [f"round {round_number}", "vs base"]
+    header += [f"vs round {earlier}"] * bool(before)
+    header += ["test: base", f"round {round_number}"] * run.has_tests
+
+    def row(name: str, kind: str, test_kind: str, capability: str | None) -> list[str]:
+        now, old, first = (_loss(e, kind, capability) for e in (this, before, base))
+        cells = [name, loss(first)] + [loss(old)] * bool(before)
+        cells += [loss(now), relative(first, now)] + [relative(old, now)] * bool(before)
+        if run.has_tests:
+            cells += [loss(_loss(base, test_kind, capability)), loss(_loss(this, test_kind, capability))]
+        return cells
+
+    rows = [row(name, "reference_loss", "test_loss", name) for name in this.get("reference_loss") or {}]
+    if number(this.get("Q")) is not None:
+        rows.append(row("Q (objective)", "Q", "Q_test", None))
+    return Table("", header, rows)
+
+
+def overview_table(run: RunFiles) -> Table:
+    """One row per round, the base model first: trained tokens, Q and its change against the start."""
+    header = ["round", "trained tokens", "Q", "vs start"] + ["Q (test)", "vs start"] * run.has_tests
+    start, best = run.round(0).evaluation, run.best
+
+    def row(name: str, tokens: Any, evaluation: Json) -> list[str]:
+        cells = [name, count(tokens)]
+        for key in ["Q", "Q_test"] if run.has_tests else ["Q"]:
+            value = number(evaluation.get(key))
+            known = evaluation is not start and evaluation is not run.base
+            cells += [loss(value), relative(number(start.get(key)), value) if known else ""]
+        return cells
+
+    rows = [row("base model", None, run.base)] if run.base else []
+    for this in run.rounds:
+        note = " (start)" if this.number == 0 else ""
+        if best is not None and this.number == best.number and len(run.evaluated) > 1:
+            note += " (best)"
+        rows.append(row(f"round {this.number}{note}", this.mixture.get("total_tokens"), this.evaluation))
+    return Table("", header, rows)
+
+
+def ratio_table(run: RunFiles, key: str) -> Table:
+    """One row per domain, one column per round: `key` is "ratio" or "share"."""
+    show = {"ratio": ratio, "share": percent}[key]
+    rounds = [r for r in run.rounds if r.mixture]
+    names = run.domains if rounds else []
+    cells = [[show(r.mixture.get("domains", {}).get(name, {}).get(key)) for r in rounds] for name in names]
+    rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
+    return Table("", [key, *(f"round {r.number}" for r in rounds)], rows)
+
+
+def losses_table(run: RunFiles, kind: str) -> Table:
+    """One row per capability, then Q; one column per model: `kind` is "reference" or "test"."""
+    columns = [("base", run.base)] if run.base else []
+    columns += [(f"round {r.number}", r.evaluation) for r in run.rounds if r.evaluation]
+    rows = []
+    for name in run.capabilities:
+        values = [_loss(e, f"{kind}_loss", name) for _, e in columns]
+        if any(v is not None for v in values):
+            rows.append([name, *map(loss, values)])
+    if rows:
+        key = "Q" if kind == "reference" else "Q_test"
+        rows.append(["Q", *(loss(e.get(key)) for _, e in columns)])
+    return Table("", [f"{kind} loss", *(name for name, _ in columns)], rows)
+
+
+def change_table(run: RunFiles) -> Table:
+    """One row per domain: ratio, size and share at the start and in the best round."""
+    best = run.best
+    if best is None or best.number == 0:
+        return Table("", [], [])
+    first, last = (r.mixture.get("domains", {}) for r in (run.round(0), best))
+    header = ["domain", "ratio: start", "best", "change", "size: start", "best", "share: start", "best"]
+    rows = []
+    for name in run.domains:
+        old, new = first.get(name, {}), last.get(name, {})
+        row = [name, ratio(old.get("ratio")), ratio(new.get("ratio"))]
+        row += [relative(number(old.get("ratio")), number(new.get("ratio")))]
+        row += [count(old.get("size")), count(new.get("size"))]
+        rows.append([*row, percent(old.get("share")), percent(new.get("share"))])
+    return Table("", header, rows)
+
+
+def influence_table(run: RunFiles, round_number: int, form: str) -> Table:
+    """The influence matrix in its `form`, "free" or "fixed": capabilities, then the objective, by domains.
+
+    Entries of the free form carry their standard errors, where they were estimated.
+    """
+    influence = run.round(round_number).influence
+    matrix = influence_matrix(influence, form)
+    if matrix is None:
+        return Table("", [], [])
+    errors = _array(influence.get("standard_errors"), matrix.shape) if form == "free" else None
+    rows = []
+    for r, name in enumerate(influence["capabilities"]):
+        cells = [scientific(value) for value in matrix[r]]
+        if errors is not None:
+            shown = [f" ± {e:.1e}" if np.isfinite(e) else "" for e in errors[r]]
+            cells = [cell + error for cell, error in zip(cells, shown, strict=True)]
+        rows.append([name, *cells])
+    objective = influence_objective(run, round_number, form)
+    if objective is not None:
+        rows.append(["objective", *map(scientific, objective)])
+    return Table("", ["capability", *influence["domains"]], rows)
+
+
+def influence_matrix(influence: Json, form: str) -> np.ndarray | None:
+    """M [R, n] of one round in its "free" or "fixed" form; None if it is not there or not whole."""
+    shape = (len(influence.get("capabilities", [])), len(influence.get("domains", [])))
+    return _array(influence.get("matrix" if form == "free" else "matrix_fixed"), shape)
+
+
+def influence_objective(run: RunFiles, round_number: int, form: str) -> np.ndarray | None:
+    """dQ/dbeta [n] in its "free" or "fixed" form; None where the files do not tell."""
+    this = run.round(round_number)
+    domains = this.influence.get("domains", [])
+    if form == ("fixed" if run.fixed_budget else "free"):
+        return _array(this.influence.get("alpha"), (len(domains),))
+    free = _array([this.free_objective.get(name) for name in domains], (len(domains),))
+    if form == "free":
+        return free
+    shares = _array(this.influence.get("shares"), (len(domains),))
+    return None if free is None or shares is None else free - shares * free.sum()
+
+
+def phase_table(run: RunFiles) -> Table:
+    """How long each phase took by the logged events: their own `seconds`, else from first to last event."""
+    phases: dict[tuple[str, str], list[Json]] = {}
+    for event in run.metrics:
+        if event.get("phase"):
+            place = event.get("round")
+            name = MISSING if place is None else str(place)
+            phases.setdefault((name, str(event["phase"])), []).append(event)
+    rows = []
+    for (name, phase), events in phases.items():
+        spent = [number((e.get("values") or {}).get("seconds")) for e in events]
+        times = [t for e in events if (t := _timestamp(e.get("time"))) is not None]
+        stated = [s for s in spent if s is not None]
+        seconds = sum(stated) if stated else (max(times) - min(times) if len(times) > 1 else None)
+        if seconds is not None:
+            rows.append([phase, name, duration(seconds)])
+    return Table("", ["phase", "round", "time"], rows)
+
+
+def report_table(reports: list[Json]) -> Table:
+    """The data report: one row per set, one column per scalar that any set reports."""
+    scalars = [{k: v for k, v in r.items() if v is None or isinstance(v, str | int | float)} for r in reports]
+    keys = list(dict.fromkeys(key for row in scalars for key in row))
+    # The set's name leads, whatever the report calls it.
+    keys.sort(key=lambda key: key not in ("name", "set"))
+    rows = [[_cell(row.get(key)) for key in keys] for row in scalars]
+    return Table("", [key.replace("_", " ") for key in keys], rows if keys else [])
+
+
+def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = None) -> str:
+    """What one round did, as text for the console: its mixture, the step that follows, and its losses.
+
+    `next_mixture` (shaped like mixture.json) is the step's result, before the next round has its own file.
+    """
+    parts = [f"Round {round_number}" + _tokens(run.round(round_number).mixture)]
+    tables = [mixture_table(run, round_number, next_mixture), loss_table(run, round_number)]
+    parts += [as_text(table) for table in tables if table]
+    if len(parts) == 1:
+        parts.append("nothing recorded yet")
+    best = run.best
+    if best is not None and best.number == round_number and len(run.evaluated) > 1:
+        parts.append("The best round so far, by Q on the reference sets.")
+    return "\n\n".join(parts)
+
+
+def final_summary(run: RunFiles) -> str:
+    """What changed over the run and where its files are, as text for the console."""
+    parts = ["\n".join(outcome(run))]
+    change_of_mixture = change_table(run)
+    if change_of_mixture:
+        parts.append(as_text(change_of_mixture))
+    if run.best is not None:
+        parts.append(as_text(loss_table(run, run.best.number, against=0)))
+    parts += [textwrap.fill(sentence, WIDTH) for sentence in caveats(run)]
+    files = [[name, what] for name, what in present_files(run)]
+    if files:
+        width = max(len(name) for name, _ in files)
+        lines = [f"  {name.ljust(width)}  {what}" for name, what in files]
+        parts.append("\n".join([f"Files in {run.folder}:", *lines]))
+    return "\n\n".join(parts)
+
+
+def outcome(run: RunFiles) -> list[str]:
+    """The result in a few plain sentences, the most important first."""
+    best, start = run.best, run.round(0)
+    if best is None:
+        return ["No round has been evaluated yet."]
+    last = run.evaluated[-1].number
+    if len(run.evaluated) == 1:
+        lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
+    elif best.number == 0:
+        lines = [
+            f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."
+        ]
+    else:
+        lines = [f"Best round: {best.number} of rounds 0 to {last}, by Q on the reference sets."]
+    names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
+    for key, name in names.items():
+        values = [("base model", run.base.get(key)), ("start", start.evaluation.get(key))]
+        values += [("best", best.evaluation.get(key))] if best.number else []
+        known = [(label, v) for label, value in values if (v := number(value)) is not None]
+        if not known:
+            continue
+        text = " -> ".join(f"{label} {loss(v)}" for label, v in known)
+        if best.number and len(known) > 1 and known[-1][0] == "best" and known[-2][0] == "start":
+            text += f" ({relative(known[-2][1], known[-1][1])} against the start)"
+        lines.append(f"{name}: {text}")
+    tokens = [number(r.mixture.get("total_tokens")) for r in (start, best)]
+    if best.number and None not in tokens:
+        pair = f"{count(tokens[0])} -> {count(tokens[1])}"
+        lines.append(f"Trained tokens in the mixture: {pair} ({relative(tokens[0], tokens[1])})")
+    return lines
+
+
+def caveats(run: RunFiles) -> list[str]:
+    """What a reader must know before relying on the outcome."""
+    best, sentences = run.best, []
+    if run.state.get("finished") is False:
+        sentences.append("The run has not finished: all of this is what is known so far.")
+    if best is not None and best.number:
+        old, new = (number(r.mixture.get("total_tokens")) for r in (run.round(0), best))
+        if run.setting("mixing.budget") == "free" and old is not None and new is not None:
+            sentences.append(
+                f"The budget was free and the total of trained tokens changed by {relative(old, new)}: part "
+                "of a gain may be volume and not proportion. The start's mixture scaled to the same total is "
+                "the comparison that tells them apart."
+            )
+        sentences.append(SINGLE_SEED)
+    return sentences
+
+
+def present_files(run: RunFiles) -> list[tuple[str, str]]:
+    """The files and folders of the run that exist, with what they hold."""
+    known = {
+        "report.html": "this run for a person, in one page",
+        "mixture.json": "the best round's mixture, valid as --mixing.ratios",
+        "model": "the best round's model, for from_pretrained",
+        "export": "the final mixture as JSONL, and for other trainers",
+        "figures": "the figures, as PNG and SVG",
+        "config.yaml": "the resolved configuration",
+        "metrics.jsonl": "every logged event",
+    }
+    found = [(name, what) for name, what in known.items() if (run.folder / name).exists()]
+    if run.rounds:
+        found.append(("round_*", "per round: mixture, losses, influence matrix"))
+    return found
+
+
+def count(value: Any) -> str:
+    """A whole number with separators between thousands."""
+    found = number(value)
+    return MISSING if found is None else f"{found:,.0f}"
+
+
+def ratio(value: Any) -> str:
+    """A ratio with three decimals."""
+    found = number(value)
+    return MISSING if found is None else f"{found:.3f}"
+
+
+def loss(value: Any) -> str:
+    """A loss with four decimals."""
+    found = number(value)
+    return MISSING if found is None else f"{found:.4f}"
+
+
+def percent(value: Any) -> str:
+    """A part of one, in percent."""
+    found = number(value)
+    return MISSING if found is None else f"{100 * found:.1f}%"
+
+
+def change(value: Any) -> str:
+    """A relative change (0.1: 10% more), in percent with its sign."""
+    found = number(value)
+    return MISSING if found is None else f"{100 * found:+.1f}%"
+
+
+def relative(old: float | None, new: float | None) -> str:
+    """The relative change from `old` to `new`."""
+    return MISSING if not old or new is None else change(new / old - 1)
+
+
+def scientific(value: Any) -> str:
+    """A number of any size with its sign and three digits."""
+    found = number(value)
+    return MISSING if found is None else f"{found:+.2e}"
+
+
+def duration(seconds: float) -> str:
+    """A duration for a person."""
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 1:
+        return f"{rest:.1f} s"
+    hours, minutes = divmod(int(minutes), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02.0f} s"
+
+
+def _loss(evaluation: Mapping[str, Any], kind: str, capability: str | None) -> float | None:
+    value = evaluation.get(kind)
+    return number(value if capability is None else (value or {}).get(capability))
+
+
+def _array(values: Any, shape: tuple[int, ...]) -> np.ndarray | None:
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return array if array.shape == shape and array.size else None
+
+
+def _timestamp(value: Any) -> float | None:
+    if isinstance(value, str):
+        try:
+            return datetime.fromisoformat(value).timestamp()
+        except ValueError:
+            return None
+    return number(value)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return count(value)
+    return MISSING if value is None else f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _tokens(mixture: Json) -> str:
+    total = number(mixture.get("total_tokens"))
+    return "" if total is None else f": {count(total)} trained tokens in the mixture"
