@@ -266,7 +266,7 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
 
 def final_summary(run: RunFiles) -> str:
     """What changed over the run and where its files are, as text for the console."""
-    parts = ["\n".join(outcome(run))]
+    parts = ["\n".join(textwrap.fill(line, WIDTH, subsequent_indent="    ") for line in outcome(run))]
     change_of_mixture = change_table(run)
     if change_of_mixture:
         parts.append(as_text(change_of_mixture))

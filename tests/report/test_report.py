@@ -1,0 +1,312 @@
+"""The report reads a run in any state, shows its numbers, and lets no name break out of its text."""
+
+import csv
+import json
+import re
+import struct
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from ideal.report import final_summary, load_run, render_report, round_table
+from ideal.report.tables import WIDTH, as_text, influence_table, overview_table, shorten
+
+FIVE = ["math", "coding", "reasoning", "instruction", "trust"]
+NASTY = '<b>&"$x$'
+
+
+def write_run(
+    folder: Path,
+    domains: list[str],
+    capabilities: list[str],
+    rounds: int,
+    *,
+    budget: str = "free",
+    tests: bool = True,
+    influence: bool = True,
+    scale: float = 0.01,
+) -> Path:
+    """A run's folder as the loop leaves it, with made-up numbers; every round lowers Q."""
+    random = np.random.default_rng(0)
+    pool = random.integers(500, 5000, len(domains))
+    ratios = np.ones(len(domains))
+    beta = np.zeros(len(domains))
+
+    def evaluation(factor: float) -> dict[str, Any]:
+        reference = {name: factor * (2 + 0.1 * i) for i, name in enumerate(capabilities)}
+        test = {name: 1.03 * value for name, value in reference.items()} if tests else {}
+        q_test = float(np.mean(list(test.values()))) if tests else None
+        q = float(np.mean(list(reference.values())))
+        return {"reference_loss": reference, "test_loss": test, "Q": q, "Q_test": q_test}
+
+    config = {
+        "model": {"name_or_path": "some/model"},
+        "train": {"learning_rate": 2e-5, "seed": 42},
+        "mixing": {"budget": budget, "rounds": rounds - 1, "method": "ideal"},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write(folder / "base" / "evaluation.json", evaluation(1.0))
+    events = []
+    for index in range(rounds):
+        this = folder / f"round_{index:02d}"
+        tokens = pool * ratios * 50
+        shares = tokens / tokens.sum()
+        columns = zip(domains, pool.tolist(), ratios.tolist(), shares.tolist(), beta.tolist(), strict=True)
+        entries = {
+            name: {"pool": p, "size": round(p * r), "ratio": r, "share": s, "beta": b}
+            for name, p, r, s, b in columns
+        }
+        mixture = {"round": index, "total_tokens": int(tokens.sum()), "domains": entries}
+        write(this / "mixture.json", mixture)
+        write(this / "evaluation.json", evaluation(0.5 * 0.97**index))
+        matrix = scale * random.normal(size=(len(capabilities), len(domains)))
+        fixed = matrix - shares * matrix.sum(1, keepdims=True)
+        alpha = (fixed if budget == "fixed" else matrix).mean(0)
+        beta = -0.15 * alpha / np.abs(alpha).max()
+        if influence and index < rounds - 1:
+            names = {"domains": domains, "capabilities": capabilities}
+            numbers = {
+                "matrix": matrix.tolist(),
+                "matrix_fixed": fixed.tolist(),
+                "alpha": alpha.tolist(),
+                "standard_errors": (0.1 * np.abs(matrix)).tolist(),
+                "shares": shares.tolist(),
+                "layers": {"layers.0.mlp.down_proj": matrix.tolist()},
+                "first_position_share": {"layers.0.mlp.down_proj": 0.9},
+                "sequences": dict.fromkeys(domains, 100),
+                "tokens": dict.fromkeys(domains, 4321),
+                "damping": 0.1,
+                "seconds": {"covariances": 12.3},
+            }
+            write(this / "influence.json", {**names, **numbers})
+            with (this / "influence.csv").open("w", newline="") as file:
+                lines = csv.writer(file)
+                lines.writerow(["capability", *domains])
+                lines.writerows([name, *row] for name, row in zip(capabilities, matrix.tolist(), strict=True))
+                lines.writerow(["objective", *matrix.mean(0).tolist()])
+        events.append({"time": 1e9, "round": index, "phase": "train", "step": 9, "values": {"seconds": 75.0}})
+        ratios = ratios * (1 + beta)
+    write(folder / "mixture.json", mixture)
+    write(folder / "state.json", {"finished": True})
+    write(folder / "data.json", [{"name": n, "rows": 12345, "first_reasons": ["empty"]} for n in domains])
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events) + '{"time": 1')
+    return folder
+
+
+def write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+class Page(HTMLParser):
+    """The page's text, tags, and everything that points somewhere."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.rows: list[list[str]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "srcset", "data")]
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_data(self, data: str) -> None:
+        if data.strip():
+            self.texts.append(data.strip())
+            if self.rows:
+                self.rows[-1].append(data.strip())
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+def assert_png(path: Path) -> None:
+    content = path.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", content[16:24])
+    assert width > 500 and height > 300
+    # An empty canvas of this size compresses to a few kilobytes.
+    assert len(content) > 10_000
+
+
+def test_a_whole_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", FIVE, [*FIVE, "summaries"], 3)
+    page = Page(render_report(folder).read_text())
+    run = load_run(folder)
+    for kind in ("reference_loss", "test_loss"):
+        for evaluation in [run.base, *(r.evaluation for r in run.rounds)]:
+            for value in evaluation[kind].values():
+                assert f"{value:.4f}" in page.text
+    for this in run.rounds:
+        assert f"{this.mixture['total_tokens']:,}" in page.text
+        for name, entry in this.mixture["domains"].items():
+            expected = [name, f"{entry['pool']:,}", f"{entry['size']:,}", f"{entry['ratio']:.3f}"]
+            assert any(row[:4] == expected for row in page.rows)
+        for key in ("matrix", "matrix_fixed"):
+            for value in np.ravel(this.influence.get(key, [])):
+                assert f"{value:+.2e}" in page.text
+    assert "Best round: 2" in page.text and "one seed" in page.text and "volume" in page.text
+    assert "1 min 15 s" in page.text  # the training phase's own seconds
+    assert "the first position alone" in page.text and "12,345" in page.text
+    names = ["ratios", "losses", "influence_round_00", "influence_round_01"]
+    for name in names:
+        assert_png(folder / "figures" / f"{name}.png")
+    assert page.tags.count("img") == len(names)
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_page_is_self_contained(tmp_path: Path) -> None:
+    html = render_report(write_run(tmp_path / "run", FIVE, FIVE, 2)).read_text()
+    page = Page(html)
+    assert page.links and all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert not {"script", "link", "iframe", "object"} & set(page.tags)
+    assert not re.search(r"@import|url\(|https?://", html)
+
+
+def test_names_are_escaped(tmp_path: Path) -> None:
+    names = [f"a{NASTY}", f"_{NASTY}", "objective", "{{ 1 + 1 }}"]
+    page = Page(render_report(write_run(tmp_path / "run", names, names, 2)).read_text())
+    assert page.tags.count("b") == 1  # the template's own
+    assert all(name in page.text for name in names)
+
+
+@pytest.mark.parametrize("budget", ["free", "fixed"])
+def test_both_forms_have_their_objective(tmp_path: Path, budget: str) -> None:
+    run = load_run(write_run(tmp_path / "run", FIVE, FIVE, 2, budget=budget))
+    influence = run.round(0).influence
+    for form, key in [("free", "matrix"), ("fixed", "matrix_fixed")]:
+        *rows, objective = influence_table(run, 0, form).rows
+        assert [row[0] for row in rows] == FIVE
+        assert objective == ["objective", *(f"{v:+.2e}" for v in np.mean(influence[key], axis=0))]
+
+
+def test_free_budget_alone_speaks_of_volume(tmp_path: Path) -> None:
+    free = load_run(write_run(tmp_path / "free", FIVE, FIVE, 2))
+    fixed = load_run(write_run(tmp_path / "fixed", FIVE, FIVE, 2, budget="fixed"))
+    start, best = (r.mixture["total_tokens"] for r in free.rounds)
+    assert f"changed by {100 * (best / start - 1):+.1f}%" in final_summary(free).replace("\n", " ")
+    assert "volume" not in final_summary(fixed)
+
+
+def test_round_table(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", FIVE, FIVE, 3))
+    text = round_table(run, 1)
+    entry, then = (run.round(i).mixture["domains"]["math"] for i in (1, 2))
+    line = next(line for line in text.splitlines() if line.startswith("math"))
+    assert line.split()[-2:] == [f"{100 * then['beta']:+.1f}%", f"{then['ratio']:.3f}"]
+    assert f"{entry['ratio']:.3f}" in line and f"{100 * entry['share']:.1f}%" in line
+    before, now = (run.round(i).evaluation["Q"] for i in (0, 1))
+    line = next(line for line in text.splitlines() if line.startswith("Q"))
+    assert f"{run.base['Q']:.4f}  {before:>7.4f}" in line and f"{100 * (now / before - 1):+.1f}%" in line
+
+
+def test_the_next_mixture_can_be_given_before_its_round_exists(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", FIVE, FIVE, 2))
+    given = {"domains": {name: {"ratio": 1.234, "beta": 0.056} for name in FIVE}}
+    assert "next ratio" not in round_table(run, 1)
+    assert round_table(run, 1, given).count("+5.6%       1.234") == len(FIVE)
+
+
+def test_tables_fit_the_console(tmp_path: Path) -> None:
+    names = [f"a_domain_with_a_very_long_name_that_goes_on_for_ever_{i}" for i in range(12)]
+    run = load_run(write_run(tmp_path / "run", names, names, 3))
+    for text in (round_table(run, 1), final_summary(run)):
+        tables, _, _ = text.partition("Files in")
+        assert max(map(len, tables.splitlines())) <= WIDTH
+        # Shortened names still differ.
+        assert all(re.search(rf"^a_domain\S*_{i} ", tables, re.MULTILINE) for i in range(12))
+
+
+def test_shorten_keeps_both_ends() -> None:
+    assert shorten("short", 10) == "short"
+    assert shorten("abcdefghijkl", 8) == "abc..jkl"
+    assert shorten("two\nlines", 20) == "two lines"
+
+
+def test_a_stopped_run(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 3)
+    (folder / "mixture.json").unlink()
+    (folder / "round_02" / "evaluation.json").unlink()
+    (folder / "round_01" / "influence.json").write_text('{"matrix": [[1')
+    (folder / "round_03.tmp").mkdir()
+    write(folder / "state.json", {"finished": False, "warnings": [f"beware of {NASTY}"]})
+    page = Page(render_report(folder).read_text())
+    assert "not finished" in page.text and "Best round: 1 of rounds 0 to 1" in page.text
+    assert "round_01/influence.json cannot be read" in page.text and f"beware of {NASTY}" in page.text
+    assert [r.number for r in load_run(folder).rounds] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kept", ["", "config.yaml", "base/evaluation.json", "round_00/mixture.json"])
+def test_hardly_anything(tmp_path: Path, kept: str) -> None:
+    whole = write_run(tmp_path / "whole", FIVE, FIVE, 1)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if kept:
+        (folder / kept).parent.mkdir(exist_ok=True)
+        (folder / kept).write_text((whole / kept).read_text())
+    page = Page(render_report(folder).read_text())
+    assert "No round has been evaluated yet." in page.text
+    run = load_run(folder)
+    assert round_table(run, 0) and final_summary(run)
+
+
+def test_only_an_influence_matrix(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2)
+    for name in ("mixture.json", "base/evaluation.json", "round_00/mixture.json", "round_00/evaluation.json"):
+        (folder / name).unlink()
+    for path in sorted((folder / "round_01").iterdir()):
+        path.unlink()
+    (folder / "round_01").rmdir()
+    page = Page(render_report(folder).read_text())
+    assert "influence_round_00.png" in {p.name for p in (folder / "figures").iterdir()}
+    assert "lowers this capability's loss" in page.text
+
+
+def test_one_round_without_tests_or_influence(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["a", "b"], ["a"], 1, tests=False, influence=False)
+    page = Page(render_report(folder).read_text())
+    assert "One round was evaluated" in page.text and "nan" not in page.text.lower().split()
+    assert "Q (test)" not in page.text and "one seed" not in page.text
+    assert {p.stem for p in (folder / "figures").iterdir()} == {"ratios", "losses"}
+
+
+def test_no_step_improved(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2)
+    worse = json.loads((folder / "round_01" / "evaluation.json").read_text())
+    write(folder / "round_01" / "evaluation.json", {**worse, "Q": 9.0})
+    write(folder / "mixture.json", json.loads((folder / "round_00" / "mixture.json").read_text()))
+    run = load_run(folder)
+    assert "no step improved it" in final_summary(run)
+    assert "round 0 (start) (best)" in as_text(overview_table(run))
+
+
+def test_numbers_that_are_none(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["a", "b"], ["a", "b"], 2)
+    path = folder / "round_00" / "influence.json"
+    influence = json.loads(path.read_text())
+    nan = float("nan")
+    write(path, {**influence, "standard_errors": [[nan, nan], [nan, nan]], "alpha": [nan, nan]})
+    page = Page(render_report(folder).read_text())
+    assert "±:" not in page.text and f"{influence['matrix'][0][0]:+.2e}" in page.text
+
+
+@pytest.mark.parametrize(("count", "rounds", "scale"), [(2, 1, 1.0), (12, 12, 1e-9), (3, 2, 0.0)])
+def test_figures_of_every_size(tmp_path: Path, count: int, rounds: int, scale: float) -> None:
+    names = [f"domain {i} {NASTY}" for i in range(count)]
+    folder = write_run(tmp_path / "run", names, names[:2], rounds, scale=max(scale, 1e-300))
+    render_report(folder)
+    figures = list((folder / "figures").glob("*.png"))
+    assert len(figures) == 2 + rounds - 1
+    for figure in figures:
+        assert_png(figure)
