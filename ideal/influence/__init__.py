@@ -1,0 +1,18 @@
+"""The influence of the domains' volumes on the reference losses: model and sequences in, M out.
+
+Knows nothing of training, mixtures or files, so any training script can call it.
+"""
+
+from ideal.influence.engine import DomainSample, Influence, InfluenceConfig, compute_influence
+from ideal.influence.matrix import fixed_form, objective
+from ideal.influence.statistics import Examples
+
+__all__ = [
+    "DomainSample",
+    "Examples",
+    "Influence",
+    "InfluenceConfig",
+    "compute_influence",
+    "fixed_form",
+    "objective",
+]

@@ -1,0 +1,73 @@
+"""The curvature of one linear layer: factors -> eigenbases -> eigenvalues -> damped inverse.
+
+Pure functions of tensors (George et al. 2018, arXiv 1806.03884; Grosse et al. 2023, arXiv 2308.03296).
+A layer's weight and its gradients are O x I (out x in), and so are the eigenvalues:
+
+    A = Q_A diag(l_A) Q_A^T  [I, I]        S = Q_S diag(l_S) Q_S^T  [O, O]
+    H V = Q_S [ Lambda * (Q_S^T V Q_A) ] Q_A^T
+
+Suffixes: I in, O out, K any number of gradients.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues [k] (float64, none negative) and eigenvectors [k, k] (columns, in `matrix`'s data type).
+
+    The matrix is symmetrised and decomposed in float64.
+    """
+    double = matrix.double()
+    values, vectors = torch.linalg.eigh((double + double.mT) / 2)
+    return values.clamp_min(0.0), vectors.to(matrix.dtype)
+
+
+def kfac_eigenvalues(values_O: Tensor, values_I: Tensor, positions: float, tokens: float) -> Tensor:
+    """K-FAC's eigenvalues (P / T) l_S l_A^T, [O, I].
+
+    S and A are means over P positions, the Hessian is one of a mean over T trained tokens.
+    """
+    return positions / tokens * torch.outer(values_O, values_I)
+
+
+def damped(eigenvalues_OI: Tensor, damping: float) -> Tensor:
+    """Lambda + damping x mean(Lambda), [O, I]: the eigenvalues of H + D."""
+    return eigenvalues_OI + damping * eigenvalues_OI.mean()
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """H + D of one layer, diagonal in a product of two bases."""
+
+    basis_O: Tensor | None
+    """Q_S [O, O]; None: the identity."""
+    basis_I: Tensor | None
+    """Q_A [I, I]; None: the identity."""
+    damped_OI: Tensor | None
+    """Eigenvalues of H + D; None: H + D is the identity."""
+
+    def rotate(self, gradients_KOI: Tensor) -> Tensor:
+        """Q_S^T V Q_A, [K, O, I]."""
+        if self.basis_O is None or self.basis_I is None:
+            return gradients_KOI
+        return self.basis_O.mT @ gradients_KOI @ self.basis_I
+
+    def rotate_back(self, rotated_KOI: Tensor) -> Tensor:
+        """Q_S V Q_A^T, [K, O, I]."""
+        if self.basis_O is None or self.basis_I is None:
+            return rotated_KOI
+        return self.basis_O @ rotated_KOI @ self.basis_I.mT
+
+    def divide(self, rotated_KOI: Tensor) -> Tensor:
+        """The inverse in its own basis; zero for a layer without curvature (it saw no token)."""
+        if self.damped_OI is None:
+            return rotated_KOI
+        # Where nothing was seen the gradients are zero too: 0 / 0 is meant to be 0.
+        return torch.where(self.damped_OI > 0, rotated_KOI / self.damped_OI, 0.0)
+
+    def solve(self, gradients_KOI: Tensor) -> Tensor:
+        """(H + D)^-1 V, [K, O, I]."""
+        return self.rotate_back(self.divide(self.rotate(gradients_KOI)))
