@@ -2,18 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 import numpy as np
 import yaml
 
+from ideal.data.formats import TEXT
 from ideal.report.files import write_atomically
 
 if TYPE_CHECKING:
-    from ideal.data import ExampleSet
+    import datasets
 
 MESSAGES, TEXTS = "mixture.jsonl", "mixture_text.jsonl"
 README = """# The mixture that the run chose
@@ -32,7 +33,20 @@ ordered by domain, so **let the trainer shuffle** (all of those below do unless 
 PRETRAINING = "\n  Plain text is for its stage `pt`, messages are for `sft`: two runs."
 
 
-def export_mixture(folder: Path, pools: "dict[str, ExampleSet]", counts: dict[str, np.ndarray]) -> Path:
+class Pool(Protocol):
+    """All of a domain's examples (an ExampleSet is one)."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def examples(self) -> "datasets.Dataset":
+        """Rows with the column messages, lists of {role, content}; plain text is one message of its own role."""
+
+    def __len__(self) -> int: ...
+
+
+def export_mixture(folder: Path, pools: Mapping[str, Pool], counts: Mapping[str, np.ndarray]) -> Path:
     """Writes the mixture to `folder`/export: JSONL in the messages format, and what other trainers need.
 
     Conversations go to mixture.jsonl (`{"domain", "messages"}`), plain-text rows to mixture_text.jsonl
@@ -73,19 +87,16 @@ def export_mixture(folder: Path, pools: "dict[str, ExampleSet]", counts: dict[st
     return export
 
 
-def _occurrences(pool: "ExampleSet", counts: np.ndarray) -> Iterator[dict[str, Any]]:
+def _occurrences(pool: Pool, counts: np.ndarray) -> Iterator[dict[str, Any]]:
     """The pool's rows as often as `counts` [rows] says, pass by pass, so that repeats stand far apart."""
     if len(counts) != len(pool):
         raise ValueError(f"{pool.name}: {len(counts)} counts for a pool of {len(pool)} rows")
-    columns = [name for name in ("messages", "text") if name in pool.examples.column_names]
-    plain = pool.examples.select_columns(columns)
+    conversations = pool.examples.select_columns(["messages"])
     for already in range(int(counts.max(initial=0))):
-        for row in plain.select(np.flatnonzero(counts > already)):
-            text = row.get("text")
-            if text is not None:
-                yield {"text": text}
-            else:
-                yield {"messages": [{"role": m["role"], "content": m["content"]} for m in row["messages"]]}
+        for row in conversations.select(np.flatnonzero(counts > already)):
+            messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+            plain = len(messages) == 1 and messages[0]["role"] == TEXT
+            yield {"text": messages[0]["content"]} if plain else {"messages": messages}
 
 
 @contextmanager
@@ -108,7 +119,7 @@ def _llama_factory(file: str) -> dict[str, Any]:
     """An entry of LLaMA-Factory's dataset_info.json (its data/README.md: OpenAI and pre-training formats)."""
     if file == TEXTS:
         return {"file_name": file, "columns": {"prompt": "text"}}
-    roles = {"user_tag": "user", "assistant_tag": "assistant", "system_tag": "system"}
+    roles = {f"{role}_tag": role for role in ("user", "assistant", "system")} | {"observation_tag": "tool"}
     tags = {"role_tag": "role", "content_tag": "content", **roles}
     return {"file_name": file, "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
 

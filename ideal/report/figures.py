@@ -85,8 +85,6 @@ def ratios_figure(run: RunFiles) -> Figure:
                 right.text(x, bottom + share / 2, f"{100 * share:.0f}%", color=ink, **place)
         base += shares
     left.axhline(1, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-    left.annotate("whole pool once", (1, 1), (-2, 3), xycoords=("axes fraction", "data"), fontsize=8.5,
-                  textcoords="offset points", color="#666666", ha="right")  # fmt: skip
     if largest > 25 * smallest:
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -97,7 +95,7 @@ def ratios_figure(run: RunFiles) -> Figure:
         margin = max(0.08 * (high - low), 0.05)
         left.set_ylim(max(low - margin, 0), high + margin)
     left.grid(axis="y")
-    left.set_title("Ratio: size in the mixture / pool", loc="left")
+    left.set_title("Ratio (dashed: whole pool once)", loc="left")
     right.set_title("Share of trained tokens", loc="left")
     right.yaxis.set_major_formatter(PercentFormatter(1))
     right.set_ylim(0, 1)
@@ -171,8 +169,8 @@ def influence_figure(run: RunFiles, round_number: int) -> Figure | None:
     _heat(figure, grid[0], matrix / 10.0**exponent, rows)
     if objective is not None:
         # Its own colour scale: in the free form it would be a pale average, in a skewed one the only colour.
-        _heat(figure, grid[1], objective[None] / 10.0**exponent, ["objective\n(own colours)"])
-        grid[1].get_yticklabels()[0].set_fontweight("bold")
+        _heat(figure, grid[1], objective[None] / 10.0**exponent, [""])
+        grid[1].set_yticks([0], ["objective\n(own colours)"], fontweight="bold")
         grid[0].tick_params(bottom=False, labelbottom=False)
     long_names = max(len(_label(name)) for name in domains) > 9
     turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long_names else {}

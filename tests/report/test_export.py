@@ -3,13 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import datasets
 import numpy as np
 import pytest
 import yaml
 
+from ideal.data.formats import TEXT
 from ideal.report import export_mixture
 
 
@@ -32,11 +32,12 @@ def chat_pool(name: str, rows: int) -> Pool:
 
 
 def text_pool(name: str, rows: int) -> Pool:
-    return Pool(name, datasets.Dataset.from_dict({"text": [f"{name} text {i}" for i in range(rows)]}))
+    messages = [[{"role": TEXT, "content": f"{name} text {i}"}] for i in range(rows)]
+    return Pool(name, datasets.Dataset.from_dict({"messages": messages}))
 
 
-def export(folder: Path, pools: dict[str, Pool], counts: dict[str, Any]) -> Path:
-    return export_mixture(folder, cast(Any, pools), {n: np.array(c) for n, c in counts.items()})
+def export(folder: Path, pools: dict[str, Pool], counts: dict[str, list[int]]) -> Path:
+    return export_mixture(folder, pools, {name: np.array(row_counts) for name, row_counts in counts.items()})
 
 
 def load(path: Path, cache: Path) -> datasets.Dataset:
