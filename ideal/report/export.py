@@ -41,7 +41,7 @@ class Pool(Protocol):
 
     @property
     def examples(self) -> "datasets.Dataset":
-        """Rows with the column messages, lists of {role, content}; plain text is one message of its own role."""
+        """Column messages: lists of {role, content}; plain text is one message of its own role."""
 
     def __len__(self) -> int: ...
 
