@@ -1,0 +1,92 @@
+"""The `data.` group of the configuration."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from pydantic import Field
+
+from ideal.settings import STRICT
+
+NO_REFERENCE = "none"
+
+
+@dataclass
+class SourceConfig:
+    """One source of rows, written out; the short form is a string, `PATH` or `PATH:SPLIT`."""
+
+    __pydantic_config__ = STRICT
+
+    path: str
+    """A local file or folder, or a data set on the hub (owner/dataset)."""
+    name: str | None = None
+    """The hub data set's configuration, such as `main` of openai/gsm8k."""
+    split: str | None = None
+    """The split, slices included: `train`, `train[:500]`, `train[10%:20%]`."""
+
+
+Source = str | SourceConfig
+
+
+@dataclass
+class DomainConfig:
+    """One domain of the mixture and the capability of the same name."""
+
+    __pydantic_config__ = STRICT
+
+    train: Source
+    """The rows to train on: a file, a folder, or a hub data set (owner/dataset:split)."""
+    reference: Source | None = None
+    """The rows that measure the capability; left out: a cut of the domain is held out; `none`: the domain has no
+    capability of its own."""
+    test: Source | None = None
+    """Rows that are only reported, never used for choosing."""
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """The capability's weight in the objective, relative to the others'."""
+    ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """The start ratio: size in the first mixture / size of the pool."""
+    format: str | None = None
+    """The rows' format; left out: told from the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The format's fields and the columns that hold them, such as {prompt: question, completion: solution}."""
+
+    def __post_init__(self) -> None:
+        if self.reference == NO_REFERENCE and self.test is not None:
+            raise ValueError("a test set needs a capability: give a reference set too, or put both under "
+                             "data.capabilities")
+
+
+@dataclass
+class CapabilityConfig:
+    """A capability without a domain of its own."""
+
+    __pydantic_config__ = STRICT
+
+    reference: Source
+    """The rows that measure the capability."""
+    test: Source | None = None
+    """Rows that are only reported, never used for choosing."""
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """The capability's weight in the objective, relative to the others'."""
+    format: str | None = None
+    """The rows' format; left out: told from the columns."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """The format's fields and the columns that hold them."""
+
+
+@dataclass
+class DataConfig:
+    """What is trained on and what it is measured by."""
+
+    __pydantic_config__ = STRICT
+
+    domains: dict[str, str | DomainConfig] | str | None = None
+    """The domains by name: each a folder with train.*, reference.* and test.*, or a mapping with train, reference,
+    test, weight, ratio, format, columns. Or one folder with a sub-folder per domain. Left out: the demo."""
+    capabilities: dict[str, CapabilityConfig] = field(default_factory=dict)
+    """Capabilities without a domain of their own, by name: reference, test, weight, format, columns."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
+    """Longer examples are cut off at this many tokens."""
+    max_examples: Annotated[int, Field(ge=8)] | None = None
+    """At most so many examples of every pool, reference and test set, drawn at random by the seed."""
+    drop_reference_copies: bool = True
+    """Whether examples that also stand in a reference or test set are left out of training."""
