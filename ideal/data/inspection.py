@@ -95,17 +95,22 @@ def remarks_on(report: SetReport) -> list[str]:
     """What the table's numbers do not say, one short phrase each."""
     remarks = list(report.notes)
     if report.held_out:
-        remarks.append(f"{report.held_out:,} rows held out as its reference set")
+        remarks.append(f"{_rows(report.held_out)} held out as its reference set")
     if report.not_drawn:
-        remarks.append(f"{report.not_drawn:,} rows not drawn (data.max_examples)")
+        remarks.append(f"{_rows(report.not_drawn)} not drawn (data.max_examples)")
     for dropped in report.dropped:
         more = ", ..." if dropped.count > len(dropped.rows) else ""
         remarks.append(f"{dropped.count:,} dropped, {dropped.reason} (row {', '.join(map(str, dropped.rows))}{more})")
     if report.copies_inside:
-        remarks.append(f"{report.copies_inside:,} rows repeat an earlier one")
+        remarks.append(f"{_rows(report.copies_inside)} repeating an earlier one")
+    said = {dropped.reason for dropped in report.dropped}
     copies = {**report.copies_across, **report.copies_measured}
-    remarks += [f"{count:,} rows also stand in {label}" for label, count in copies.items() if count]
+    remarks += [f"{_rows(count)} also in {label}" for label, count in copies.items() if f"also in {label}" not in said]
     return remarks
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + ("s" if count != 1 else "")
 
 
 @dataclass

@@ -115,13 +115,13 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
     def encode(drafts: dict[str, Draft]) -> dict[str, ExampleSet]:
         return {name: _encode(draft, encoder, config.max_examples, seed) for name, draft in drafts.items()}
-    data = Data(encode(pools), encode(references), encode(tests), weights=_weights(capabilities),
+    measured = encode(references)  # first, as they are small and can end the run
+    for name, reference in references.items():
+        _check_reference(reference, len(measured[name]))
+    return Data(encode(pools), measured, encode(tests), weights=_weights(capabilities),
                 ratios={name: domain.ratio for name, domain in domains.items()},
                 reports=[draft.report for drafts in (pools, references, tests) for draft in drafts.values()],
                 notes=encoder.notes)
-    for name, reference in references.items():
-        _check_reference(reference, len(data.references[name]))
-    return data
 
 
 def resolve_domains(config: DataConfig) -> dict[str, DomainConfig]:
