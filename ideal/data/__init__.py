@@ -4,5 +4,14 @@ from ideal.data.config import CapabilityConfig, DataConfig, DomainConfig, Source
 from ideal.data.encoding import ExampleSet, collate, ensure_chat_template
 from ideal.data.loading import Data, load_data
 
-__all__ = ["CapabilityConfig", "Data", "DataConfig", "DomainConfig", "ExampleSet", "SourceConfig", "collate",
-           "ensure_chat_template", "load_data"]
+__all__ = [
+    "CapabilityConfig",
+    "Data",
+    "DataConfig",
+    "DomainConfig",
+    "ExampleSet",
+    "SourceConfig",
+    "collate",
+    "ensure_chat_template",
+    "load_data",
+]

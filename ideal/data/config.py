@@ -36,8 +36,8 @@ class DomainConfig:
     train: Source
     """The rows to train on: a file, a folder, or a hub data set (owner/dataset:split)."""
     reference: Source | None = None
-    """The rows that measure the capability; left out: a cut of the domain is held out; `none`: the domain has no
-    capability of its own."""
+    """The rows that measure the capability; left out: a cut of the domain is held out; the word `none`: the
+    domain has no capability of its own."""
     test: Source | None = None
     """Rows that are only reported, never used for choosing."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
@@ -47,12 +47,13 @@ class DomainConfig:
     format: str | None = None
     """The rows' format; left out: told from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The format's fields and the columns that hold them, such as {prompt: question, completion: solution}."""
+    """The format's fields and the columns that hold them, such as {prompt: task, completion: solution}."""
 
     def __post_init__(self) -> None:
         if self.reference == NO_REFERENCE and self.test is not None:
-            raise ValueError("a test set needs a capability: give a reference set too, or put both under "
-                             "data.capabilities")
+            raise ValueError(
+                "a test set needs a capability: give a reference set too, or put both under data.capabilities"
+            )
 
 
 @dataclass
@@ -80,8 +81,9 @@ class DataConfig:
     __pydantic_config__ = STRICT
 
     domains: dict[str, str | DomainConfig] | str | None = None
-    """The domains by name: each a folder with train.*, reference.* and test.*, or a mapping with train, reference,
-    test, weight, ratio, format, columns. Or one folder with a sub-folder per domain. Left out: the demo."""
+    """The domains by name: each a folder with train.*, reference.* and test.*, or a mapping with train,
+    reference, test, weight, ratio, format, columns. Or one folder with a sub-folder per domain. Left out: the
+    demo."""
     capabilities: dict[str, CapabilityConfig] = field(default_factory=dict)
     """Capabilities without a domain of their own, by name: reference, test, weight, format, columns."""
     max_length: Annotated[int, Field(ge=2)] = 1024

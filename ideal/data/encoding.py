@@ -1,8 +1,9 @@
 """Encoding: conversations -> tokens and labels, by the tokenizer's own chat template.
 
-A conversation is rendered to text once and tokenized once, so that its ids are exactly those that the template
-gives. Which tokens are trained is read off the text: a turn's span starts where the template's prompt for it ends,
-and ends with the end token behind its content. Token ids decide nothing, so pad may equal the end token.
+A conversation is rendered to text once and tokenized once, so that its ids are exactly those that the
+template gives. Which tokens are trained is read off the text: a turn's span starts where the template's prompt
+for it ends, and ends with the end token behind its content. Token ids decide nothing, so pad may equal the end
+token.
 """
 
 import re
@@ -29,8 +30,8 @@ MASKED = -100
 TODAY = date(2024, 7, 26)
 NO_ROOM = "no trained token within data.max_length"
 
-# For a tokenizer without a template: named turns, the end token after each answer. It is set on the tokenizer, so
-# that it is saved with the model and used at inference.
+# For a tokenizer without a template: named turns, the end token after each answer. It is set on the tokenizer,
+# so that it is saved with the model and used at inference.
 CHAT_TEMPLATE = """\
 {%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif -%}
 {%- for message in messages -%}
@@ -42,16 +43,18 @@ CHAT_TEMPLATE = """\
 """
 
 MESSAGES = datasets.List({"role": datasets.Value("string"), "content": datasets.Value("string")})
-COLUMNS = datasets.Features({
-    "input_ids": datasets.List(datasets.Value("int32")),
-    "labels": datasets.List(datasets.Value("int32")),
-    "messages": MESSAGES,
-    "row": datasets.Value("int64"),
-    "trained": datasets.Value("int64"),
-    "position": datasets.Value("int64"),
-    "truncated": datasets.Value("bool"),
-    "dropped": datasets.Value("string"),
-})
+COLUMNS = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "messages": MESSAGES,
+        "row": datasets.Value("int64"),
+        "trained": datasets.Value("int64"),
+        "position": datasets.Value("int64"),
+        "truncated": datasets.Value("bool"),
+        "dropped": datasets.Value("string"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,8 @@ class ExampleSet:
 
     name: str
     examples: datasets.Dataset
-    """Columns input_ids and labels (as long as each other; -100: not trained, labels[0] always), and messages, a list
-    of {role, content} (plain text: one message of role "text")."""
+    """Columns input_ids and labels (as long as each other; -100: not trained, labels[0] always), and messages, a
+    list of {role, content} (plain text: one message of role "text")."""
     lengths: np.ndarray
     """[rows] tokens."""
     trained_tokens: np.ndarray
@@ -85,12 +88,15 @@ def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Te
     """Pads examples on the right.
 
     Returns:
-        input_ids, attention_mask, labels: [rows, longest] int64. The mask comes from the lengths, never from ids.
+        input_ids, attention_mask, labels: [rows, longest] int64. The mask follows lengths, never ids.
     """
     longest = max(len(row["input_ids"]) for row in rows)
     shape = (len(rows), longest)
-    batch = {"input_ids": torch.full(shape, pad_id), "attention_mask": torch.zeros(shape, dtype=torch.long),
-             "labels": torch.full(shape, MASKED)}
+    batch = {
+        "input_ids": torch.full(shape, pad_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, MASKED),
+    }
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
         batch["input_ids"][number, :length] = torch.tensor(row["input_ids"])
@@ -109,34 +115,44 @@ def ensure_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def without_today(template: str) -> str:
     """A template with its calls for today's date replaced by a fixed one."""
-    return re.sub(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(TODAY.strftime(call[2])), template)
+    return re.sub(
+        r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", lambda call: repr(TODAY.strftime(call[2])), template
+    )
 
 
 class Encoder:
     """Turns conversations into tokens and labels.
 
     Raises:
-        UserError: the tokenizer is not a fast one (character offsets are needed), or its template does not render.
+        UserError: the tokenizer is not a fast one (character offsets are needed), or its template fails.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if not tokenizer.is_fast:
-            raise UserError(f"model.name_or_path: the tokenizer of {tokenizer.name_or_path} is not a fast one "
-                            "(tokenizer.json), whose character offsets the labels need; convert it first")
+            raise UserError(
+                f"model.name_or_path: the tokenizer of {tokenizer.name_or_path} is not a fast one "
+                "(tokenizer.json), whose character offsets the labels need; convert it first"
+            )
         self.notes: list[str] = []
         """What a user should know about the template."""
         if ensure_chat_template(tokenizer):
-            self.notes.append("the tokenizer has no chat template: a simple one is used and saved with the model")
+            self.notes.append(
+                "the tokenizer has no chat template: a simple one is used and saved with the model"
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
         try:
             self.template = without_today(tokenizer.get_chat_template())
             self._probe()
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise UserError(f"model.name_or_path: the chat template of {tokenizer.name_or_path} does not render a "
-                            f"plain conversation ({error})") from error
+            raise UserError(
+                f"model.name_or_path: the chat template of {tokenizer.name_or_path} does not render a "
+                f"plain conversation ({error})"
+            ) from error
         if not self.end_last:
-            self.notes.append("the chat template puts no end token after an answer: the model will not learn to stop")
+            self.notes.append(
+                "the chat template puts no end token after an answer: the model will not learn to stop"
+            )
         begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
         self.text_start = tokenizer.bos_token if begins else ""
         self.text_end = tokenizer.eos_token or ""
@@ -151,18 +167,25 @@ class Encoder:
     def render(self, messages: list[Message], prompt: bool = False) -> str:
         """The template's text; `prompt`: with the header that makes the assistant answer."""
         return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=prompt,
-            date_string=TODAY.strftime("%d %b %Y"))
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=prompt,
+            date_string=TODAY.strftime("%d %b %Y"),
+        )
 
     def _probe(self) -> None:
         """Learns what the template puts around an answer, from one whose place is plain to see."""
-        user, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "IDEAL-PROBE"}
+        user, answer = (
+            {"role": "user", "content": "question"},
+            {"role": "assistant", "content": "IDEAL-PROBE"},
+        )
         asked, prompted = self.render([user]), self.render([user], prompt=True)
         before, _, self.tail = self.render([user, answer]).partition("IDEAL-PROBE")
         _, _, between = self.render([user, answer, user, answer]).partition("IDEAL-PROBE")
         self.prompts = prompted != asked
         """Whether the template knows prompts that make the assistant answer."""
-        self.header = before[len(asked):] if before.startswith(asked) else None
+        self.header = before[len(asked) :] if before.startswith(asked) else None
         """What stands between a question and its answer."""
         self.end_last = self._through_end_token(self.tail)
         """What closes the last answer, through its end token."""
@@ -171,11 +194,13 @@ class Encoder:
 
     def _through_end_token(self, tail: str) -> str:
         special = {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}
-        ends = [(tail.index(token), -len(token), token) for token in special if token.strip() and token in tail]
+        ends = [
+            (tail.index(token), -len(token), token) for token in special if token.strip() and token in tail
+        ]
         if not ends:
             return ""
         place, _, token = min(ends)
-        return tail[:place + len(token)]
+        return tail[: place + len(token)]
 
     def spans(self, messages: list[Message]) -> tuple[str, list[tuple[int, int]]]:
         """A conversation's text and the (start, end) characters of what is trained in it.
@@ -205,10 +230,12 @@ class Encoder:
             for variant in variants:
                 if text.startswith(variant + end, len(prompt)):
                     return len(prompt), len(prompt) + len(variant + end)
-            # The template puts something before the content (an empty <think> block), which the model must write too.
-            through = self.render(messages[:number + 1])
-            closed = through[:len(through) - len(self.tail)] + self.end_last
-            if text.startswith(closed) and any(closed.endswith(variant + self.end_last) for variant in variants):
+            # The template puts something before the content (an empty <think> block): the model must write it.
+            through = self.render(messages[: number + 1])
+            closed = through[: len(through) - len(self.tail)] + self.end_last
+            if text.startswith(closed) and any(
+                closed.endswith(variant + self.end_last) for variant in variants
+            ):
                 return len(prompt), len(closed)
         asked = self.render(messages[:number])
         if self.header is not None and text.startswith(asked + self.header):
@@ -216,10 +243,12 @@ class Encoder:
             for variant in variants:
                 if text.startswith(variant + end, start):
                     return start, start + len(variant + end)
-        raise DroppedRow("the chat template rewrites earlier turns, so that its answers cannot be told from the rest")
+        raise DroppedRow(
+            "the chat template rewrites earlier turns, so that its answers cannot be told from the rest"
+        )
 
     def encode(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        """A batch of `messages` and `row` -> COLUMNS; `dropped` says why a row is of no use, else it is empty."""
+        """A batch of `messages` and `row` -> COLUMNS; `dropped` says why a row is of no use, or is empty."""
         rendered: list[tuple[str, list[tuple[int, int]]]] = []
         dropped = []
         for messages in batch["messages"]:
@@ -230,12 +259,19 @@ class Encoder:
                 rendered.append(("", []))
                 reason = str(problem)
             dropped.append(reason)
-        tokens = self.tokenizer([text for text, _ in rendered], add_special_tokens=False, verbose=False,
-                                return_attention_mask=False, return_offsets_mapping=True)
+        tokens = self.tokenizer(
+            [text for text, _ in rendered],
+            add_special_tokens=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+        )
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
-        for number, (ids, offsets) in enumerate(zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)):
-            trained = trained_mask(offsets, rendered[number][1])[:self.max_length]
-            kept = np.array(ids[:self.max_length], dtype=np.int64)
+        for number, (ids, offsets) in enumerate(
+            zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)
+        ):
+            trained = trained_mask(offsets, rendered[number][1])[: self.max_length]
+            kept = np.array(ids[: self.max_length], dtype=np.int64)
             count = int(trained.sum())
             columns["input_ids"].append(kept)
             columns["labels"].append(np.where(trained, kept, MASKED))
@@ -249,8 +285,8 @@ class Encoder:
 def trained_mask(offsets: list[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
     """Which tokens overlap one of the spans of characters; the first never is trained.
 
-    A byte-level tokenizer with trim_offsets gives whitespace no width, at its right end: such a token belongs to the
-    span that ends there, not to the one that starts there.
+    A byte-level tokenizer with trim_offsets gives whitespace no width, at its right end: such a token belongs to
+    the span that ends there, not to the one that starts there.
     """
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
@@ -263,8 +299,15 @@ def trained_mask(offsets: list[tuple[int, int]], spans: Iterable[tuple[int, int]
 def encode_conversations(conversations: datasets.Dataset, encoder: Encoder, name: str) -> datasets.Dataset:
     """Encodes `messages` and `row` to COLUMNS, with a progress bar, through the cache of `datasets`."""
     fingerprint = Hasher.hash(("encoded", conversations._fingerprint, encoder.fingerprint))
-    return conversations.map(encoder.encode, batched=True, batch_size=256, features=COLUMNS, desc=f"Encoding {name}",
-                             remove_columns=conversations.column_names, new_fingerprint=fingerprint)
+    return conversations.map(
+        encoder.encode,
+        batched=True,
+        batch_size=256,
+        features=COLUMNS,
+        desc=f"Encoding {name}",
+        remove_columns=conversations.column_names,
+        new_fingerprint=fingerprint,
+    )
 
 
 def example_set(encoded: datasets.Dataset, name: str) -> ExampleSet:
@@ -274,5 +317,10 @@ def example_set(encoded: datasets.Dataset, name: str) -> ExampleSet:
         encoded = encoded.select([row for row, reason in enumerate(dropped) if not reason])
     table = encoded.with_format("numpy")
     lengths = np.fromiter((len(ids) for ids in table["input_ids"]), dtype=np.int64, count=len(encoded))
-    return ExampleSet(name, encoded.select_columns(["input_ids", "labels", "messages"]), lengths=lengths,
-                      trained_tokens=np.asarray(table["trained"][:]), positions=np.asarray(table["position"][:]))
+    return ExampleSet(
+        name,
+        encoded.select_columns(["input_ids", "labels", "messages"]),
+        lengths=lengths,
+        trained_tokens=np.asarray(table["trained"][:]),
+        positions=np.asarray(table["position"][:]),
+    )

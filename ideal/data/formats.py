@@ -15,10 +15,20 @@ Message = dict[str, str]
 Row = Mapping[str, Any]
 
 ROLES = {
-    "system": "system", "developer": "system",
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
-    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "ipython": "tool",
 }
 TEXT = "text"  # the role of plain text, which no chat template touches
 
@@ -59,7 +69,9 @@ class Format:
         return where, [name for name in self.fields if name not in where]
 
 
-def choose_format(present: list[str], name: str | None, renamed: Mapping[str, str]) -> tuple[Format, dict[str, str]]:
+def choose_format(
+    present: list[str], name: str | None, renamed: Mapping[str, str]
+) -> tuple[Format, dict[str, str]]:
     """The format of a table with these columns, and the column of each of its fields.
 
     Args:
@@ -75,8 +87,12 @@ def choose_format(present: list[str], name: str | None, renamed: Mapping[str, st
         raise UserError(f"unknown format '{name}'; known are {', '.join(known)}")
     for field_name, column in renamed.items():
         if column not in present:
-            raise UserError(f"there is no column '{column}' for '{field_name}'; its columns are {_list(present)}")
-    candidates = [known[name]] if name else [fmt for fmt in FORMATS if set(renamed) <= {*fmt.fields, *fmt.optional}]
+            raise UserError(
+                f"there is no column '{column}' for '{field_name}'; its columns are {_list(present)}"
+            )
+    candidates = (
+        [known[name]] if name else [fmt for fmt in FORMATS if set(renamed) <= {*fmt.fields, *fmt.optional}]
+    )
     if name and not set(renamed) <= {*known[name].fields, *known[name].optional}:
         fields = _list([*known[name].fields, *known[name].optional])
         raise UserError(f"the fields of format '{name}' are {fields}; columns names {_list(list(renamed))}")
@@ -85,11 +101,15 @@ def choose_format(present: list[str], name: str | None, renamed: Mapping[str, st
         if not missing:
             return fmt, where
         if name:
-            raise UserError(f"format '{name}' needs a column for {_list(missing)}; the columns are {_list(present)}; "
-                            "say which with `columns`")
+            raise UserError(
+                f"format '{name}' needs a column for {_list(missing)}; the columns are {_list(present)}; "
+                "say which with `columns`"
+            )
     forms = "; ".join(f"{fmt.name}: {', '.join(fmt.fields)}" for fmt in FORMATS)
-    raise UserError(f"its columns are of no known format: {_list(present)}. Known are {forms}. "
-                    "Rename with `columns`, such as {prompt: COLUMN, completion: COLUMN}")
+    raise UserError(
+        f"its columns are of no known format: {_list(present)}. Known are {forms}. "
+        "Rename with `columns`, such as {prompt: COLUMN, completion: COLUMN}"
+    )
 
 
 def _list(names: list[str]) -> str:
@@ -134,7 +154,14 @@ def _text(row: Row, name: str) -> str:
 
 
 def _kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
@@ -192,8 +219,11 @@ def read_alpaca(row: Row) -> list[Message]:
     """Alpaca: the input, where there is one, follows the instruction after an empty line."""
     parts = [_text(row, "instruction")] + ([_text(row, "input")] if row.get("input") else [])
     prompt = "\n\n".join(part for part in parts if part.strip())
-    return [*_system(row), {"role": "user", "content": prompt},
-            {"role": "assistant", "content": _text(row, "output")}]
+    return [
+        *_system(row),
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": _text(row, "output")},
+    ]
 
 
 def read_prompt(row: Row) -> list[Message]:
@@ -203,8 +233,11 @@ def read_prompt(row: Row) -> list[Message]:
 
 def read_question(row: Row) -> list[Message]:
     """A question and its answer."""
-    return [*_system(row), {"role": "user", "content": _text(row, "question")},
-            {"role": "assistant", "content": _text(row, "answer")}]
+    return [
+        *_system(row),
+        {"role": "user", "content": _text(row, "question")},
+        {"role": "assistant", "content": _text(row, "answer")},
+    ]
 
 
 def read_text(row: Row) -> list[Message]:
@@ -216,8 +249,13 @@ def read_text(row: Row) -> list[Message]:
 FORMATS = [
     Format("messages", read_messages, ("messages",)),
     Format("sharegpt", read_sharegpt, ("conversations",), ("system",), {"conversations": "conversation"}),
-    Format("alpaca", read_alpaca, ("instruction", "output"), ("input", "system"),
-           {"output": "response", "input": "context"}),
+    Format(
+        "alpaca",
+        read_alpaca,
+        ("instruction", "output"),
+        ("input", "system"),
+        {"output": "response", "input": "context"},
+    ),
     Format("prompt", read_prompt, ("prompt", "completion"), ("system",), {"completion": "response"}),
     Format("question", read_question, ("question", "answer"), ("system",), {"answer": "response"}),
     Format("text", read_text, ("text",)),

@@ -51,7 +51,7 @@ class SetReport:
     copies_across: dict[str, int] = field(default_factory=dict)
     """Of a pool: rows that also stand in each other pool."""
     copies_measured: dict[str, int] = field(default_factory=dict)
-    """Rows that also stand in a reference or test set other than this one, by its label ("math reference")."""
+    """Rows that also stand in a reference or test set other than this one, by label ("math reference")."""
     ignored_columns: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -79,14 +79,34 @@ def repeated(keys: Sequence[str]) -> list[bool]:
 
 
 def report_table(reports: Sequence[SetReport], notes: Sequence[str] = ()) -> str:
-    """The reports as an aligned table for the console, with a line for whatever was dropped or stands twice."""
+    """The reports as an aligned table for the console, then a line for whatever was dropped or stands twice."""
     header = ("set", "rows", "kept", "tokens", "trained", "longest", "truncated", "dropped")
-    body = [(r.label, *(f"{value:,}" for value in (r.rows, r.kept, r.tokens, r.trained_tokens, r.longest, r.truncated,
-                                                     sum(d.count for d in r.dropped)))) for r in reports]
+    body = [
+        (
+            r.label,
+            *(
+                f"{value:,}"
+                for value in (
+                    r.rows,
+                    r.kept,
+                    r.tokens,
+                    r.trained_tokens,
+                    r.longest,
+                    r.truncated,
+                    sum(d.count for d in r.dropped),
+                )
+            ),
+        )
+        for r in reports
+    ]
     widths = [max(len(row[column]) for row in (header, *body)) for column in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
-                       for column, (cell, width) in enumerate(zip(row, widths, strict=True)))
-             for row in (header, *body)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (header, *body)
+    ]
     remarks = [f"{report.label}: {remark}" for report in reports for remark in remarks_on(report)]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *remarks, *notes])
 
@@ -100,12 +120,16 @@ def remarks_on(report: SetReport) -> list[str]:
         remarks.append(f"{_rows(report.not_drawn)} not drawn (data.max_examples)")
     for dropped in report.dropped:
         more = ", ..." if dropped.count > len(dropped.rows) else ""
-        remarks.append(f"{dropped.count:,} dropped, {dropped.reason} (row {', '.join(map(str, dropped.rows))}{more})")
+        remarks.append(
+            f"{dropped.count:,} dropped, {dropped.reason} (row {', '.join(map(str, dropped.rows))}{more})"
+        )
     if report.copies_inside:
         remarks.append(f"{_rows(report.copies_inside)} repeating an earlier one")
     said = {dropped.reason for dropped in report.dropped}
     copies = {**report.copies_across, **report.copies_measured}
-    remarks += [f"{_rows(count)} also in {label}" for label, count in copies.items() if f"also in {label}" not in said]
+    remarks += [
+        f"{_rows(count)} also in {label}" for label, count in copies.items() if f"also in {label}" not in said
+    ]
     return remarks
 
 
@@ -125,11 +149,15 @@ def decoded_runs(examples: ExampleSet, row: int, tokenizer: PreTrainedTokenizerB
     """An example's text, taken apart where its mask changes."""
     example = examples[row]
     pairs = zip(example["input_ids"], example["labels"], strict=True)
-    return [Run(trained, tokenizer.decode([token for token, _ in run]))  # type: ignore[arg-type]
-            for trained, run in groupby(pairs, key=lambda pair: pair[1] != MASKED)]
+    return [
+        Run(trained, tokenizer.decode([token for token, _ in run]))  # type: ignore[arg-type]
+        for trained, run in groupby(pairs, key=lambda pair: pair[1] != MASKED)
+    ]
 
 
-def show_example(examples: ExampleSet, row: int, tokenizer: PreTrainedTokenizerBase, longest: int = 600) -> str:
+def show_example(
+    examples: ExampleSet, row: int, tokenizer: PreTrainedTokenizerBase, longest: int = 600
+) -> str:
     """An example with its mask as plain text: trained lines are marked `>`, the others `|`.
 
     Args:

@@ -31,8 +31,14 @@ HELD_OUT_MOST = 128
 MANY_ROWS = 5000  # with fewer, a progress bar would only flash up
 FEWEST_REFERENCES = 8  # with fewer, the noise of the mean hides any difference between domains
 
-CONVERSATIONS = datasets.Features({"messages": MESSAGES, "key": datasets.Value("string"),
-                                   "row": datasets.Value("int64"), "dropped": datasets.Value("string")})
+CONVERSATIONS = datasets.Features(
+    {
+        "messages": MESSAGES,
+        "key": datasets.Value("string"),
+        "row": datasets.Value("int64"),
+        "dropped": datasets.Value("string"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,11 @@ def load_data(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int)
     Raises:
         UserError: on all ranks, one line that names the file and row or the key.
     """
+
     def load() -> Data:
         with main_first():
             return _load(config, tokenizer, seed)
+
     return together(load)
 
 
@@ -95,8 +103,10 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     capabilities = resolve_capabilities(config, domains)
     encoder = Encoder(tokenizer, config.max_length)
 
-    pools = {name: _draft("pool", name, domain.train, domain, f"data.domains.{name}.train")
-             for name, domain in domains.items()}
+    pools = {
+        name: _draft("pool", name, domain.train, domain, f"data.domains.{name}.train")
+        for name, domain in domains.items()
+    }
     references, tests = {}, {}
     for name, capability in capabilities.items():
         key = f"data.domains.{name}" if name in domains else f"data.capabilities.{name}"
@@ -115,13 +125,19 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 
     def encode(drafts: dict[str, Draft]) -> dict[str, ExampleSet]:
         return {name: _encode(draft, encoder, config.max_examples, seed) for name, draft in drafts.items()}
+
     measured = encode(references)  # first, as they are small and can end the run
     for name, reference in references.items():
         _check_reference(reference, len(measured[name]))
-    return Data(encode(pools), measured, encode(tests), weights=_weights(capabilities),
-                ratios={name: domain.ratio for name, domain in domains.items()},
-                reports=[draft.report for drafts in (pools, references, tests) for draft in drafts.values()],
-                notes=encoder.notes)
+    return Data(
+        encode(pools),
+        measured,
+        encode(tests),
+        weights=_weights(capabilities),
+        ratios={name: domain.ratio for name, domain in domains.items()},
+        reports=[draft.report for drafts in (pools, references, tests) for draft in drafts.values()],
+        notes=encoder.notes,
+    )
 
 
 def resolve_domains(config: DataConfig) -> dict[str, DomainConfig]:
@@ -136,16 +152,26 @@ def resolve_domains(config: DataConfig) -> dict[str, DomainConfig]:
     if isinstance(given, str):
         folder = Path(given).expanduser()
         if not folder.is_dir():
-            raise UserError(f"data.domains: there is no folder {given}; give a folder with a sub-folder per domain, or "
-                            "a mapping of names to sources")
-        given = {path.name: str(path) for path in sorted(folder.iterdir())
-                 if path.is_dir() and not path.name.startswith(".")}
+            raise UserError(
+                f"data.domains: there is no folder {given}; give a folder with a sub-folder per domain, or "
+                "a mapping of names to sources"
+            )
+        given = {
+            path.name: str(path)
+            for path in sorted(folder.iterdir())
+            if path.is_dir() and not path.name.startswith(".")
+        }
     if len(given) < 2:
         names = f"only {', '.join(given)}" if given else "none"
-        raise UserError(f"data.domains: at least two domains are needed to mix, here {names} ({config.domains})"
-                        if isinstance(config.domains, str) else
-                        f"data.domains: at least two domains are needed to mix, here {names}")
-    return {name: _domain_at(name, domain) if isinstance(domain, str) else domain for name, domain in given.items()}
+        raise UserError(
+            f"data.domains: at least two domains are needed to mix, here {names} ({config.domains})"
+            if isinstance(config.domains, str)
+            else f"data.domains: at least two domains are needed to mix, here {names}"
+        )
+    return {
+        name: _domain_at(name, domain) if isinstance(domain, str) else domain
+        for name, domain in given.items()
+    }
 
 
 def _domain_at(name: str, path: str) -> DomainConfig:
@@ -178,16 +204,22 @@ def resolve_capabilities(config: DataConfig, domains: Mapping[str, DomainConfig]
     Raises:
         UserError: there is none, two have one name, or all weights are 0.
     """
+
     def capability(given: DomainConfig | CapabilityConfig) -> Capability:
         return Capability(given.reference, given.test, given.weight, given.format, given.columns)
+
     own = {name: capability(domain) for name, domain in domains.items() if domain.reference != NO_REFERENCE}
     for name in config.capabilities:
         if name in own:
-            raise UserError(f"data.capabilities.{name}: the domain {name} has a capability of this name already; "
-                            f"rename one, or set data.domains.{name}.reference to none")
+            raise UserError(
+                f"data.capabilities.{name}: the domain {name} has a capability of this name already; "
+                f"rename one, or set data.domains.{name}.reference to none"
+            )
     both = own | {name: capability(given) for name, given in config.capabilities.items()}
     if not both:
-        raise UserError("data.domains: no domain has a reference set, so nothing says what a good mixture is; give one")
+        raise UserError(
+            "data.domains: no domain has a reference set, so nothing says what a good mixture is; give one"
+        )
     if not sum(given.weight for given in both.values()):
         raise UserError("data.domains: the weights of all capabilities are 0; give one a weight")
     return both
@@ -220,25 +252,41 @@ def _draft(kind: str, name: str, source: Source, given: DomainConfig | Capabilit
 
 def _convert(rows: Rows, fmt: Format, where: Mapping[str, str], key: str, label: str) -> datasets.Dataset:
     """Rows -> CONVERSATIONS; a row that the format cannot read ends the run."""
+
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         columns: dict[str, list] = {"messages": [], "key": [], "row": numbers, "dropped": []}
         for index, number in enumerate(numbers):
-            messages, reason = _conversation(rows, fmt, {name: batch[column][index] for name, column in where.items()},
-                                             f"{key}: ", number)
+            messages, reason = _conversation(
+                rows, fmt, {name: batch[column][index] for name, column in where.items()}, f"{key}: ", number
+            )
             columns["messages"].append(messages)
             columns["key"].append(conversation_key(messages))
             columns["dropped"].append(reason)
         return columns
+
     code = Path(choose_format.__code__.co_filename).read_bytes()
-    fingerprint = Hasher.hash(("conversations", rows.dataset._fingerprint, fmt.name, sorted(where.items()),
-                               rows.from_json, code))
-    with progress_bars(len(rows.dataset) >= MANY_ROWS):
-        return rows.dataset.map(convert, batched=True, with_indices=True, features=CONVERSATIONS,
-                                remove_columns=rows.dataset.column_names, desc=f"Reading {label}",
-                                new_fingerprint=fingerprint)
+    fingerprint = Hasher.hash(
+        ("conversations", rows.dataset._fingerprint, fmt.name, sorted(where.items()), rows.from_json, code)
+    )
+    try:
+        with progress_bars(len(rows.dataset) >= MANY_ROWS):
+            return rows.dataset.map(
+                convert,
+                batched=True,
+                with_indices=True,
+                features=CONVERSATIONS,
+                remove_columns=rows.dataset.column_names,
+                desc=f"Reading {label}",
+                new_fingerprint=fingerprint,
+            )
+    except UnicodeDecodeError as error:  # the builders pass bytes on as they are
+        rows.check_text(key)
+        raise UserError(f"{key}: {rows.source} is not UTF-8 text ({error.reason})") from error
 
 
-def _conversation(rows: Rows, fmt: Format, row: dict, prefix: str, number: int) -> tuple[list[dict[str, str]], str]:
+def _conversation(
+    rows: Rows, fmt: Format, row: dict, prefix: str, number: int
+) -> tuple[list[dict[str, str]], str]:
     """A row's conversation, or none and why."""
     try:
         return conversation(fmt, row), ""
@@ -247,7 +295,9 @@ def _conversation(rows: Rows, fmt: Format, row: dict, prefix: str, number: int) 
     except BrokenRow as problem:
         if isinstance(problem, MissingValue) and not rows.from_json:
             return [], str(problem)
-        raise UserError(f"{prefix}{rows.place(number)}: {problem} (format {fmt.name}); mend or remove the row") from problem
+        raise UserError(
+            f"{prefix}{rows.place(number)}: {problem} (format {fmt.name}); mend or remove the row"
+        ) from problem
 
 
 def _report_copies(pools: dict[str, Draft], references: dict[str, Draft], tests: dict[str, Draft]) -> None:
@@ -256,8 +306,13 @@ def _report_copies(pools: dict[str, Draft], references: dict[str, Draft], tests:
     sets = {id(draft): set(draft.keys) for draft in (*pools.values(), *measured)}
 
     def count(drafts: list[Draft], of: Draft) -> dict[str, int]:
-        found = {other.report.label: sum(key in sets[id(other)] for key in of.keys) for other in drafts if other is not of}
+        found = {
+            other.report.label: sum(key in sets[id(other)] for key in of.keys)
+            for other in drafts
+            if other is not of
+        }
         return {label: number for label, number in found.items() if number}
+
     for pool in pools.values():
         pool.report.copies_across = count(list(pools.values()), pool)
     for draft in (*pools.values(), *measured):
@@ -281,13 +336,17 @@ def _hold_out(pool: Draft, seed: int) -> Draft:
     firsts = np.flatnonzero(~np.array(repeated(pool.keys), dtype=bool))
     key = pool.key.removesuffix("train") + "reference"
     if min(size, len(firsts)) < FEWEST_REFERENCES:
-        raise UserError(f"{key}: none is given, and {HELD_OUT_FRACTION:.0%} of the domain's {len(pool.keys)} examples "
-                        f"held out are too few to rank domains ({FEWEST_REFERENCES} needed); give a reference set, or "
-                        "`none` for no capability of its own")
+        raise UserError(
+            f"{key}: none is given, and {HELD_OUT_FRACTION:.0%} of the domain's {len(pool.keys)} examples "
+            f"held out are too few to rank domains ({FEWEST_REFERENCES} needed); give a reference set, or "
+            "`none` for no capability of its own"
+        )
     drawn = generator(seed, pool.report.name, "held-out").permutation(firsts)[:size]
     chosen = np.isin(np.arange(len(pool.keys)), drawn)
     report = SetReport("reference", pool.report.name, pool.report.source, pool.report.format, rows=len(drawn))
-    report.notes.append(f"held out of the domain, {len(drawn)} of {len(pool.keys):,} examples, as no reference set is given")
+    report.notes.append(
+        f"held out of the domain, {len(drawn)} of {len(pool.keys):,} examples, as no reference set is given"
+    )
     report.ignored_columns = pool.report.ignored_columns
     cut = Draft(pool.conversations.select(np.flatnonzero(chosen)), report, key)
     pool.report.held_out = len(drawn)
@@ -308,8 +367,10 @@ def _encode(draft: Draft, encoder: Encoder, most: int | None, seed: int) -> Exam
     bad = np.flatnonzero(reasons != "")
     report.drop(reasons[bad].tolist(), np.array(encoded["row"][:])[bad].tolist())
     if len(bad) == len(reasons) and NO_ROOM in reasons:
-        raise UserError(f"{draft.key}: with data.max_length = {encoder.max_length} every example of {report.source} is "
-                        "cut to nothing, since the prompts alone are longer; raise data.max_length")
+        raise UserError(
+            f"{draft.key}: with data.max_length = {encoder.max_length} every example of {report.source} is "
+            "cut to nothing, since the prompts alone are longer; raise data.max_length"
+        )
     _check_not_empty(draft, len(reasons) - len(bad))
     examples = example_set(encoded, report.label)
     report.kept = len(examples)
@@ -323,11 +384,15 @@ def _encode(draft: Draft, encoder: Encoder, most: int | None, seed: int) -> Exam
 def _check_not_empty(draft: Draft, left: int) -> None:
     if not left:
         reasons = "; ".join(f"{dropped.count} dropped, {dropped.reason}" for dropped in draft.report.dropped)
-        raise UserError(f"{draft.key}: no usable example among the {draft.report.rows} rows of {draft.report.source} "
-                        f"({reasons})")
+        raise UserError(
+            f"{draft.key}: no usable example among the {draft.report.rows} rows of {draft.report.source} "
+            f"({reasons})"
+        )
 
 
 def _check_reference(draft: Draft, left: int) -> None:
     if left < FEWEST_REFERENCES:
-        raise UserError(f"{draft.key}: {left} usable examples in {draft.report.source} are too few to rank domains "
-                        f"({FEWEST_REFERENCES} needed); give more, or leave it out to hold some of the domain out")
+        raise UserError(
+            f"{draft.key}: {left} usable examples in {draft.report.source} are too few to rank domains "
+            f"({FEWEST_REFERENCES} needed); give more, or leave it out to hold some of the domain out"
+        )

@@ -17,10 +17,18 @@ from ideal.data.config import Source, SourceConfig
 from ideal.distributed import is_main
 from ideal.errors import UserError
 
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
+BUILDERS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
 COMPRESSIONS = {".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip"}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-SPLIT = re.compile(r"[A-Za-z]\w*(\.\w+)*(\[[^\]]*\])?(\+.*)?")
+ONE_SPLIT = r"[A-Za-z][\w.]*(?:\[[^\]]*\])?"
+PATH_AND_SPLIT = re.compile(rf"(.+?):({ONE_SPLIT}(?:\+{ONE_SPLIT})*)")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,15 @@ class Rows:
     def from_json(self) -> bool:
         """Whether they come from local JSON, where a missing value means that the row itself is at fault."""
         return bool(self.files) and builder_of(self.files[0]) == "json"
+
+    def check_text(self, key: str) -> None:
+        """Looks for what is wrong with the text of local JSON files.
+
+        Raises:
+            UserError: with the file and the line.
+        """
+        for file in self.files if self.from_json else ():
+            check_json(file, key)
 
     def place(self, row: int) -> str:
         """Row `row` (from 0) in words: its file and line for JSON lines, else its number (from 1)."""
@@ -68,7 +85,11 @@ def describe(source: Source) -> str:
     """A source as the user could have written it in one string."""
     if isinstance(source, str):
         return source
-    return source.path + (f" ({source.name})" if source.name else "") + (f":{source.split}" if source.split else "")
+    return (
+        source.path
+        + (f" ({source.name})" if source.name else "")
+        + (f":{source.split}" if source.split else "")
+    )
 
 
 def builder_of(path: Path) -> str | None:
@@ -82,14 +103,18 @@ def builder_of(path: Path) -> str | None:
 def data_files(folder: Path) -> list[Path]:
     """Every data file under `folder`, sorted, hidden ones left out."""
     found = [path for path in folder.rglob("*") if path.is_file() and builder_of(path)]
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    return sorted(
+        path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
 
 
 def files_for(folder: Path, role: str) -> list[Path]:
     """The files of `folder` for a role or split: train.jsonl, train-00000-of-00002.parquet, train/*."""
+
     def named(path: Path) -> bool:
         first = path.relative_to(folder).parts[0]
         return first == role or re.match(rf"{re.escape(role)}[.-]", first) is not None
+
     return [path for path in data_files(folder) if named(path)]
 
 
@@ -108,7 +133,9 @@ def read_rows(source: Source, role: str, key: str) -> Rows:
     path = Path(given.path).expanduser()
     if path.exists():
         if given.name:
-            raise UserError(f"{key}.name: {given.name} is for hub data sets, but {given.path} is a local {_kind(path)}")
+            raise UserError(
+                f"{key}.name: {given.name} is for hub data sets, but {given.path} is a local {_kind(path)}"
+            )
         return _read_local(given, path, role, key)
     if _looks_local(given.path):
         raise UserError(f"{key}: there is no file or folder {given.path}{_nearest(path)}")
@@ -119,9 +146,9 @@ def split_source(source: Source) -> SourceConfig:
     """`PATH:SPLIT` taken apart; a path that exists as it is written is left alone."""
     if isinstance(source, SourceConfig):
         return source
-    path, colon, split = source.rpartition(":")
-    if colon and path and SPLIT.fullmatch(split) and not Path(source).expanduser().exists():
-        return SourceConfig(path=path, split=split)
+    parts = PATH_AND_SPLIT.fullmatch(source)
+    if parts and not Path(source).expanduser().exists():
+        return SourceConfig(path=parts[1], split=parts[2])
     return SourceConfig(path=source)
 
 
@@ -141,7 +168,7 @@ def _nearest(path: Path) -> str:
     while not parent.exists() and parent != parent.parent:
         parent, name = parent.parent, parent.name
     near = difflib.get_close_matches(name, [entry.name for entry in parent.iterdir()], n=1, cutoff=0.5)
-    return f"; did you mean {parent / near[0]}?" if near else f" ({parent} exists)"
+    return f"; did you mean {parent / near[0]}?" if near else f" (looked in {parent.absolute()})"
 
 
 def _read_local(given: SourceConfig, path: Path, role: str, key: str) -> Rows:
@@ -155,11 +182,15 @@ def _read_local(given: SourceConfig, path: Path, role: str, key: str) -> Rows:
         files = [path]
     builders = {builder_of(file) for file in files}
     if len(builders) > 1:
-        raise UserError(f"{key}: {path} mixes kinds of files ({', '.join(file.name for file in files[:4])}); name one")
+        raise UserError(
+            f"{key}: {path} mixes kinds of files ({', '.join(file.name for file in files[:4])}); name one"
+        )
     builder = builders.pop()
     if builder is None:
-        raise UserError(f"{key}: cannot tell what {path} is from its name; known are {', '.join(BUILDERS)}, "
-                        f"also with {', '.join(sorted(COMPRESSIONS))}")
+        raise UserError(
+            f"{key}: cannot tell what {path} is from its name; known are {', '.join(BUILDERS)}, "
+            f"also with {', '.join(sorted(COMPRESSIONS))}"
+        )
     files = [file for file in files if file.stat().st_size]
     if not files:
         raise UserError(f"{key}: {path} is empty")
@@ -267,15 +298,24 @@ def _parse_row(line: bytes, place: str) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise UserError(f"{place}: not UTF-8 text ({error.reason}); save the file as UTF-8") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno}); mend or remove it") from error
+        raise UserError(
+            f"{place}: not valid JSON ({error.msg}, column {error.colno}); mend or remove it"
+        ) from error
     if not isinstance(row, dict):
-        raise UserError(f"{place}: {_json_kind(row)} where an object is needed, {{\"column\": value, ...}}")
+        raise UserError(f'{place}: {_json_kind(row)} where an object is needed, {{"column": value, ...}}')
     return row
 
 
 def _json_kind(value: Any) -> str:
-    kinds = {bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list",
-             dict: "an object", type(None): "null"}
+    kinds = {
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
     return kinds[type(value)]
 
 
@@ -288,11 +328,15 @@ def _read_hub(given: SourceConfig, role: str, key: str) -> Rows:
         with progress_bars(True):
             dataset = datasets.load_dataset(given.path, name=given.name, split=split)
     except datasets.exceptions.DatasetNotFoundError as error:
-        raise UserError(f"{key}: {given.path} is neither a local file or folder nor a data set on the hub "
-                        "(a private or gated one needs `hf auth login`)") from error
+        raise UserError(
+            f"{key}: {given.path} is neither a local file or folder nor a data set on the hub "
+            "(a private or gated one needs `hf auth login`)"
+        ) from error
     except (ConnectionError, TimeoutError) as error:
-        raise UserError(f"{key}: {given.path} is no local file or folder, and the hub cannot be reached "
-                        f"({_first_line(error)})") from error
+        raise UserError(
+            f"{key}: {given.path} is no local file or folder, and the hub cannot be reached "
+            f"({_first_line(error)})"
+        ) from error
     except Exception as error:  # whatever the data set's files and the hub's client raise
         raise UserError(f"{key}: cannot load {describe(given)} from the hub: {_first_line(error)}") from error
     if not len(dataset):

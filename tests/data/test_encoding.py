@@ -1,6 +1,5 @@
 """Labels against the template's own output, and against constructions that do not use character offsets."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +12,12 @@ from ideal.data.encoding import MASKED, NO_ROOM, Encoder, without_today
 from ideal.errors import UserError
 
 USER, SYSTEM = {"role": "user", "content": "the question"}, {"role": "system", "content": "be brief"}
-TURNS = [USER, {"role": "assistant", "content": "one\n\n two"}, {"role": "user", "content": "and é🎉?"},
-         {"role": "assistant", "content": "The answer is\tthree."}]
+TURNS = [
+    USER,
+    {"role": "assistant", "content": "one\n\n two"},
+    {"role": "user", "content": "and é🎉?"},
+    {"role": "assistant", "content": "The answer is\tthree."},
+]
 CONVERSATIONS = {"one": TURNS[:2], "several": TURNS, "system": [SYSTEM, *TURNS]}
 
 
@@ -58,20 +61,26 @@ def test_ids_are_the_templates_own(kind, which):
     tokenizer = make_tokenizer(TEMPLATES[kind])
     example = encode(tokenizer, CONVERSATIONS[which])  # also gives a tokenizer without a template ours
     template = without_today(tokenizer.chat_template)
-    own = tokenizer.apply_chat_template(CONVERSATIONS[which], chat_template=template, date_string="26 Jul 2024")
+    own = tokenizer.apply_chat_template(
+        CONVERSATIONS[which], chat_template=template, date_string="26 Jul 2024"
+    )
     assert list(example["input_ids"]) == own["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3", "none"])
 def test_masked_prefix_is_the_prompt_that_inference_uses(kind):
-    """The prompt's own tokens (add_generation_prompt) are exactly what stands before the first trained token."""
+    """The tokens of the prompt (add_generation_prompt) are exactly what stands before an answer's first."""
     tokenizer = make_tokenizer(TEMPLATES[kind])
     example = encode(tokenizer, CONVERSATIONS["system"])
     template = without_today(tokenizer.chat_template)
     for count in (2, 4):  # messages before each of the two answers
-        prompt = tokenizer.apply_chat_template(CONVERSATIONS["system"][:count], chat_template=template,
-                                               add_generation_prompt=True, date_string="26 Jul 2024")["input_ids"]
-        assert list(example["input_ids"][:len(prompt)]) == prompt
+        prompt = tokenizer.apply_chat_template(
+            CONVERSATIONS["system"][:count],
+            chat_template=template,
+            add_generation_prompt=True,
+            date_string="26 Jul 2024",
+        )["input_ids"]
+        assert list(example["input_ids"][: len(prompt)]) == prompt
         assert example["labels"][len(prompt) - 1] == MASKED != example["labels"][len(prompt)]
 
 
@@ -84,6 +93,7 @@ def test_piecewise_construction_gives_the_same():
         piece = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids.extend(piece)
         labels.extend(piece if trained else [MASKED] * len(piece))
+
     for message in CONVERSATIONS["system"]:
         answer = message["role"] == "assistant"
         add(f"<|im_start|>{message['role']}\n", False)
@@ -101,16 +111,24 @@ def test_which_token_pads_does_not_matter(pad):
     assert np.array_equal(examples[0]["labels"], examples[1]["labels"])
 
 
-CONTENT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(lambda text: text.strip())
+CONTENT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+    lambda text: text.strip()
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3), st.sampled_from(["chatml", "llama3", "none"]),
-       st.booleans())
+@given(
+    st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=3),
+    st.sampled_from(["chatml", "llama3", "none"]),
+    st.booleans(),
+)
 def test_any_text_comes_back(turns, kind, trim_offsets):
     tokenizer = make_tokenizer(TEMPLATES[kind], trim_offsets)
-    messages = [{"role": role, "content": content} for turn in turns
-                for role, content in zip(("user", "assistant"), turn, strict=True)]
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
     example = encode(tokenizer, messages)
     assert example["dropped"] == ""
     trim = str.strip if kind == "llama3" else str
@@ -132,7 +150,12 @@ def test_special_tokens_within_an_answer_do_not_end_it():
 
 def test_answer_that_repeats_the_header_is_not_mistaken():
     tokenizer = make_tokenizer(CHATML)
-    messages = [USER, {"role": "assistant", "content": "assistant"}, USER, {"role": "assistant", "content": "im_end"}]
+    messages = [
+        USER,
+        {"role": "assistant", "content": "assistant"},
+        USER,
+        {"role": "assistant", "content": "im_end"},
+    ]
     assert trained_runs(tokenizer, encode(tokenizer, messages)) == ["assistant<|im_end|>", "im_end<|im_end|>"]
 
 
@@ -154,7 +177,9 @@ def test_a_tokenizer_without_template_gets_one_that_is_saved(tmp_path):
     encoder = Encoder(tokenizer, 100)
     assert any("no chat template" in note for note in encoder.notes)
     text, _ = encoder.spans(CONVERSATIONS["system"][:3])
-    assert text == "<s>### System:\nbe brief\n\n### User:\nthe question\n\n### Assistant:\none\n\n two</s>\n\n"
+    assert (
+        text == "<s>### System:\nbe brief\n\n### User:\nthe question\n\n### Assistant:\none\n\n two</s>\n\n"
+    )
     tokenizer.save_pretrained(tmp_path)
     loaded = type(tokenizer).from_pretrained(tmp_path)
     assert loaded.chat_template == tokenizer.chat_template
@@ -175,14 +200,18 @@ def test_truncation_keeps_the_left_and_drops_what_is_left_without_answer():
     first = int((whole["labels"] != MASKED).argmax())
     cut = encode(tokenizer, TURNS, first + 1)
     assert (cut["truncated"], cut["dropped"], cut["trained"], cut["position"]) == (True, "", 1, first)
-    assert np.array_equal(cut["labels"], whole["labels"][:first + 1])
+    assert np.array_equal(cut["labels"], whole["labels"][: first + 1])
     assert encode(tokenizer, TURNS, first)["dropped"] == NO_ROOM
     assert not encode(tokenizer, TURNS, len(whole["labels"]))["truncated"]
 
 
-@pytest.mark.parametrize(("messages", "reason"), [
-    ([SYSTEM, *TURNS], "the chat template refuses it: roles must alternate"),
-    (TURNS[1:], "the chat template refuses it: roles must alternate")])
+@pytest.mark.parametrize(
+    ("messages", "reason"),
+    [
+        ([SYSTEM, *TURNS], "the chat template refuses it: roles must alternate"),
+        (TURNS[1:], "the chat template refuses it: roles must alternate"),
+    ],
+)
 def test_what_a_template_refuses_is_dropped(messages, reason):
     assert encode(make_tokenizer(MISTRAL), messages)["dropped"] == reason
 
@@ -204,8 +233,12 @@ def test_refused_tokenizers():
 
 
 def test_fingerprint_changes_with_what_the_tokens_depend_on():
-    encoders = [Encoder(make_tokenizer(CHATML), 100), Encoder(make_tokenizer(CHATML), 101),
-                Encoder(make_tokenizer(LLAMA3), 100), Encoder(make_tokenizer(CHATML, pad="<s>"), 100)]
+    encoders = [
+        Encoder(make_tokenizer(CHATML), 100),
+        Encoder(make_tokenizer(CHATML), 101),
+        Encoder(make_tokenizer(LLAMA3), 100),
+        Encoder(make_tokenizer(CHATML, pad="<s>"), 100),
+    ]
     assert len({encoder.fingerprint for encoder in encoders}) == 4
     assert encoders[0].fingerprint == Encoder(make_tokenizer(CHATML), 100).fingerprint
 
