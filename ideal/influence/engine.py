@@ -9,7 +9,7 @@ R capabilities, n domains, I in, O out; the rest in statistics.py.
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -60,14 +60,14 @@ class InfluenceConfig:
     sample_fraction: Annotated[float, Field(gt=0, le=1)] = 0.5
     """Part of the mixture's rows used (sigma), drawn per domain; at least 32 rows of each, or all."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
-    """Names of the tracked linear layers, or of modules around them: * is any text, ? one character, [ab] a or b.
-    In a model with LoRA the adapters' own layers in them are tracked."""
+    """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
+    In a model with LoRA: the adapters' own layers in them."""
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Sequences per forward pass and process."""
     error_sequences: Annotated[int, Field(ge=0)] = 32
     """Sequences of each domain and reference set used for the standard errors; 0: no standard errors."""
     memory_budget: Annotated[float, Field(gt=0)] | None = None
-    """GB per process for the layers' statistics: what does not fit at once takes more passes. None: no limit."""
+    """GB per process for the layers' statistics: what does not fit takes more passes. None: no limit."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ class _ErrorSample:
 
 def compute_influence(
     model: nn.Module,
-    domains: dict[str, DomainSample],
-    references: dict[str, Examples],
+    domains: Mapping[str, DomainSample],
+    references: Mapping[str, Examples],
     config: InfluenceConfig,
     seed: int,
 ) -> Influence:
@@ -266,7 +266,7 @@ def partitions(
 def _statistics_bytes(
     layer: nn.Linear, config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
 ) -> int:
-    """Bytes of the sums held for a layer: gradients, eigenvalues, and the factors that become bases in place."""
+    """Bytes held for a layer: gradients, eigenvalues, and the factors, which become bases in place."""
     of_weight_size = domains + capabilities
     if config.factors != "identity":
         of_weight_size += 1

@@ -235,7 +235,7 @@ class Eigenvalues(Sums):
 
 
 class Scores:
-    """<G_i, V_k> of every sequence i and direction k, summed over layers, [sequences of the set, K] per set."""
+    """<G_i, V_k> of each sequence i and direction k, summed over layers; [sequences, K] per set."""
 
     def __init__(self, scores: list[Tensor], directions: dict[str, Tensor]) -> None:
         """`scores`: per set, what is added to, float64. `directions`: per layer V [K, O, I]."""
@@ -339,7 +339,7 @@ class Tracker:
 
 @torch.no_grad()
 def draw_labels(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Labels [k] from the softmax of `logits` [k, vocabulary], by inverting its distribution at `uniforms` [k]."""
+    """Labels [k] from the softmax of `logits` [k, vocabulary]: its inverse distribution at `uniforms` [k]."""
     drawn = []
     for part, uniform in zip(logits.split(CDF_CHUNK), uniforms.split(CDF_CHUNK), strict=True):
         cdf = part.double().softmax(dim=-1).cumsum(dim=-1)

@@ -1,0 +1,70 @@
+"""The pure functions against Kronecker products that are built and inverted as they are."""
+
+import pytest
+import torch
+
+from ideal.influence.ekfac import Curvature, damped, eigenbasis, kfac_eigenvalues
+
+OUT, IN, POSITIONS, TOKENS = 5, 7, 30.0, 11.0
+
+
+def covariance(size: int, seed: int) -> torch.Tensor:
+    samples = torch.randn(40, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return samples.T @ samples / 40
+
+
+@pytest.fixture
+def factors():
+    return covariance(OUT, 1), covariance(IN, 2)
+
+
+def test_kfac_inverse_is_that_of_the_kronecker_product(factors):
+    S, A = factors
+    V = torch.randn(3, OUT, IN, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (values_O, basis_O), (values_I, basis_I) = eigenbasis(S), eigenbasis(A)
+    eigenvalues = kfac_eigenvalues(values_O, values_I, POSITIONS, TOKENS)
+    found = Curvature(basis_O, basis_I, damped(eigenvalues, 0.1)).solve(V)
+
+    hessian = POSITIONS / TOKENS * torch.kron(S, A)
+    inverse = torch.linalg.inv(
+        hessian + 0.1 * hessian.diagonal().mean() * torch.eye(OUT * IN, dtype=torch.float64)
+    )
+    torch.testing.assert_close(found.flatten(1), V.flatten(1) @ inverse.T, rtol=1e-11, atol=1e-11)
+
+
+def test_corrected_inverse_is_that_of_the_explicit_matrix(factors):
+    S, A = factors
+    generator = torch.Generator().manual_seed(4)
+    eigenvalues = torch.rand(OUT, IN, dtype=torch.float64, generator=generator)
+    V = torch.randn(2, OUT, IN, dtype=torch.float64, generator=generator)
+    basis_O, basis_I = eigenbasis(S)[1], eigenbasis(A)[1]
+    found = Curvature(basis_O, basis_I, damped(eigenvalues, 0.3)).solve(V)
+
+    basis = torch.kron(basis_O, basis_I)
+    hessian = basis @ torch.diag(eigenvalues.flatten()) @ basis.T
+    inverse = torch.linalg.inv(hessian + 0.3 * eigenvalues.mean() * torch.eye(OUT * IN, dtype=torch.float64))
+    torch.testing.assert_close(found.flatten(1), V.flatten(1) @ inverse.T, rtol=1e-11, atol=1e-11)
+
+
+def test_eigenbasis_diagonalises_and_keeps_the_data_type(factors):
+    S, _ = factors
+    skewed = S + torch.triu(torch.full_like(S, 1e-9), 1)
+    values, vectors = eigenbasis(skewed)
+    torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, (skewed + skewed.T) / 2)
+    values, vectors = eigenbasis(S.float())
+    assert values.dtype == torch.float64 and vectors.dtype == torch.float32
+
+
+def test_rank_deficient_factor_has_no_negative_eigenvalue():
+    x = torch.randn(2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert eigenbasis(x.T @ x)[0].min() >= 0
+
+
+def test_without_curvature_the_inverse_is_zero_and_not_nan():
+    curvature = Curvature(None, None, damped(torch.zeros(OUT, IN), 0.1))
+    assert torch.equal(curvature.solve(torch.zeros(2, OUT, IN)), torch.zeros(2, OUT, IN))
+
+
+def test_identity_changes_nothing():
+    V = torch.randn(2, OUT, IN)
+    assert torch.equal(Curvature(None, None, None).solve(V), V)

@@ -1,0 +1,275 @@
+"""The sums that the hooks gather, against loops over sequences without hooks; and the model afterwards."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import Rows, layer_pairs, sequence_gradients, tiny_llama, toy_rows, weights_of
+
+from ideal.errors import UserError
+from ideal.influence.statistics import (
+    Eigenvalues,
+    Gradients,
+    InputCovariance,
+    InputNorms,
+    OutputCovariance,
+    Scores,
+    Tracker,
+    draw_labels,
+    frozen,
+    make_batch,
+)
+
+CPU = torch.device("cpu")
+WEIGHTS = [1.0, 2.0, 0.5, 3.0, 1.0, 0.25]
+
+
+def batch_of(rows, weights=WEIGHTS, uniforms=None):
+    return make_batch(
+        0, rows.rows, rows.positions.tolist(), weights, list(range(len(rows))), uniforms, CPU, torch.float64
+    )
+
+
+def zeros(model, shape):
+    return {name: torch.zeros(shape(*w.shape), dtype=torch.float64) for name, w in weights_of(model).items()}
+
+
+def gather(model, rows, weights=WEIGHTS, batches=1):
+    """A, S, gradient, squared sequence gradients and input norms of all layers, from the package."""
+    sums = {
+        "A": InputCovariance(zeros(model, lambda o, i: (i, i))),
+        "S": OutputCovariance(zeros(model, lambda o, i: (o, o))),
+        "G": Gradients(zeros(model, lambda o, i: (1, o, i))),
+        "squares": Eigenvalues(
+            zeros(model, lambda o, i: (o, i)), dict.fromkeys(weights_of(model), (None, None))
+        ),
+        "norms": InputNorms(zeros(model, lambda o, i: (2,))),
+    }
+    tracker = Tracker(model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64)
+    with frozen(model), tracker.hooked():
+        tracker.run(batch_of(rows, weights), list(sums.values()), [])
+    return {key: accumulator.sums for key, accumulator in sums.items()}
+
+
+@pytest.fixture
+def rows():
+    return Rows([*toy_rows("up", 3, 5).rows, *toy_rows("leap", 3, 5).rows])
+
+
+def test_sums_are_those_of_a_loop_over_sequences(world, rows):
+    found = gather(world.model, rows)
+    gradients = sequence_gradients(world.model, rows)
+    for name in weights_of(world.model):
+        pairs = [layer_pairs(world.model, row, name) for row in rows.rows]
+        A = sum(w * sum(torch.outer(x, x) for x in xs) for w, (xs, _) in zip(WEIGHTS, pairs, strict=True))
+        S = sum(w * sum(torch.outer(d, d) for d in ds) for w, (_, ds) in zip(WEIGHTS, pairs, strict=True))
+        weights = torch.tensor(WEIGHTS, dtype=torch.float64)[:, None, None]
+        first = sum(w * xs[0] @ xs[0] for w, (xs, _) in zip(WEIGHTS, pairs, strict=True))
+        torch.testing.assert_close(found["A"][name], A, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found["S"][name], S, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            found["G"][name][0], (weights * gradients[name]).sum(0), rtol=1e-11, atol=1e-12
+        )
+        torch.testing.assert_close(
+            found["squares"][name], (weights * gradients[name] ** 2).sum(0), rtol=1e-11, atol=1e-12
+        )
+        torch.testing.assert_close(found["norms"][name], torch.stack([first, A.trace()]))
+
+
+def test_prompt_positions_count_and_later_ones_do_not(world):
+    """The gradient reaches x at the prompt; what follows the last trained label changes nothing."""
+    short = {"input_ids": [0, 5, 6, 7, 8], "labels": [-100, -100, -100, 7, 8]}
+    longer = {"input_ids": [*short["input_ids"], 9, 3, 3], "labels": [*short["labels"], -100, -100, -100]}
+    found, same = (gather(world.model, Rows([row]), [1.0]) for row in (short, longer))
+    for key in found:
+        for name in found[key]:
+            torch.testing.assert_close(found[key][name], same[key][name], rtol=1e-13, atol=1e-15)
+    _, d = layer_pairs(world.model, short, "model.layers.0.mlp.gate_proj")
+    assert len(d) == 4
+    model = tiny_llama(layers=2)
+    _, d = layer_pairs(model, short, "model.layers.0.mlp.gate_proj")
+    assert (d[:2].norm(dim=1) > 1e-6 * d.norm()).all()
+
+
+def test_padding_is_known_from_lengths(world, rows):
+    """Token 0 is also a real token, and the padding: only lengths tell them apart."""
+    together = gather(world.model, rows)
+    alone = [gather(world.model, Rows([row]), [w]) for row, w in zip(rows.rows, WEIGHTS, strict=True)]
+    for key in together:
+        for name in together[key]:
+            torch.testing.assert_close(together[key][name], sum(part[key][name] for part in alone))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_counts_every_pair_once(rows, reentrant):
+    model = tiny_llama(layers=2)
+    expected = gather(model, rows)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()
+    layer = model.model.layers[0].mlp.gate_proj
+    calls = []
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    found = gather(model, rows)
+    handle.remove()
+    assert len(calls) == 2, "the forward pass was not recomputed, so nothing was tested"
+    assert model.is_gradient_checkpointing and all(module.training for module in model.modules())
+    for key in found:
+        for name in found[key]:
+            torch.testing.assert_close(found[key][name], expected[key][name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_sampled_labels_under_checkpointing(rows, reentrant):
+    """Two backward passes through one graph, each recomputing."""
+    uniforms = [np.random.default_rng(i).random(t) for i, t in enumerate(rows.trained_tokens)]
+
+    def covariances(model):
+        sampled = OutputCovariance(zeros(model, lambda o, i: (o, o)))
+        true = Gradients(zeros(model, lambda o, i: (1, o, i)))
+        tracker = Tracker(
+            model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64
+        )
+        with frozen(model), tracker.hooked():
+            tracker.run(batch_of(rows, uniforms=uniforms), [true], [sampled])
+        return sampled.sums, true.sums
+
+    model = tiny_llama(layers=2)
+    expected = covariances(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    found = covariances(model)
+    gradient = gather(tiny_llama(layers=2), rows)["G"]
+    for name in weights_of(model):
+        torch.testing.assert_close(found[0][name], expected[0][name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[1][name], expected[1][name], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(found[1][name], gradient[name], rtol=1e-12, atol=1e-14)
+
+
+def test_scores_are_products_with_each_sequences_gradient(world, rows):
+    generator = torch.Generator().manual_seed(0)
+    directions = {
+        name: torch.randn(3, *w.shape, dtype=torch.float64, generator=generator)
+        for name, w in weights_of(world.model).items()
+    }
+    table = torch.zeros(len(rows), 3, dtype=torch.float64)
+    tracker = Tracker(
+        world.model, {name: world.model.get_submodule(name) for name in directions}, torch.float64
+    )
+    with frozen(world.model), tracker.hooked():
+        tracker.run(batch_of(rows, [1.0] * len(rows)), [Scores([table], directions)], [])
+    gradients = sequence_gradients(world.model, rows)
+    expected = sum(gradients[name].flatten(1) @ directions[name].flatten(1).T for name in directions)
+    torch.testing.assert_close(table, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_layers_with_bias_give_the_weights_gradient():
+    model = tiny_llama(mlp_bias=True)
+    rows = toy_rows("down", 6, 1)
+    found = gather(model, rows, [1.0] * 6)
+    for name, gradient in sequence_gradients(model, rows).items():
+        torch.testing.assert_close(found["G"][name][0], gradient.sum(0), rtol=1e-11, atol=1e-12)
+
+
+def test_drawn_labels_follow_the_distribution():
+    """Evenly spread uniforms make the counts exact to one: no chance involved."""
+    logits = torch.tensor([0.3, -1.0, 2.0, -30.0, 0.0])
+    number = 10_000
+    uniforms = (torch.arange(number, dtype=torch.float64) + 0.5) / number
+    counts = torch.bincount(draw_labels(logits.expand(number, -1), uniforms), minlength=5)
+    assert (counts - number * logits.double().softmax(0)).abs().max() <= 1
+    assert draw_labels(logits[None], torch.tensor([1.0], dtype=torch.float64)).item() < 5
+
+
+def test_sampled_fisher_is_the_gauss_newton_matrix_on_average(world):
+    """E over labels of the squared gradient = diagonal of J^T (diag p - p p^T) J, exactly.
+
+    Over 150 draws, four positive combinations of the entries are compared in units of their
+    standard error: 4.5 of these happen once in 40,000 times per combination. The examples' own labels
+    are far outside.
+    """
+    rows = toy_rows("up", 6, 9)
+    name = "model.layers.0.mlp.down_proj"
+    weight = world.model.get_submodule(name).weight
+    exact = torch.zeros(weight.numel(), dtype=torch.float64)
+    for row in rows.rows:
+        trained = torch.tensor(row["labels"][1:]) != -100
+        logits = world.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1][trained]
+        eye = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
+        (jacobian,) = torch.autograd.grad(logits, [weight], eye, is_grads_batched=True)
+        J, p = jacobian.flatten(1), logits.detach().softmax(-1)
+        middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
+        exact += (J.T @ middle @ J).diagonal()
+
+    combinations = (
+        torch.rand(4, len(exact), dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
+    )
+    tracker = Tracker(world.model, {name: world.model.get_submodule(name)}, torch.float64)
+
+    def squares(uniforms):
+        sums = Eigenvalues({name: torch.zeros_like(weight, dtype=torch.float64)}, {name: (None, None)})
+        batch = batch_of(rows, [1.0] * 6, uniforms)
+        tracker.run(batch, *(([sums], []) if uniforms is None else ([], [sums])))
+        return combinations @ sums.sums[name].flatten()
+
+    rng = np.random.default_rng(0)
+    with frozen(world.model), tracker.hooked():
+        draws = torch.stack([squares([rng.random(t) for t in rows.trained_tokens]) for _ in range(150)])
+        empirical = squares(None)
+    error = draws.std(0) / 150**0.5
+    assert ((draws.mean(0) - combinations @ exact).abs() < 4.5 * error).all()
+    assert ((empirical - combinations @ exact).abs() > 9 * error).all()
+
+
+class Boom(Exception):
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_model_is_left_as_it_was(rows, fails):
+    model = tiny_llama()
+    model.train()
+    model.model.norm.eval()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def picture():
+        return (
+            [module.training for module in model.modules()],
+            [(p.requires_grad, p.grad is None) for p in model.parameters()],
+            [
+                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
+                for m in model.modules()
+            ],
+            model.config.use_cache,
+        )
+
+    before = picture()
+    kept = model.lm_head.weight.grad
+    tracker = Tracker(model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64)
+    gradients = Gradients(zeros(model, lambda o, i: (1, o, i)))
+    if fails:
+        gradients.add = lambda *_: (_ for _ in ()).throw(Boom)  # type: ignore[method-assign]
+    try:
+        with frozen(model), tracker.hooked():
+            tracker.run(batch_of(rows), [gradients], [])
+    except Boom:
+        assert fails
+    assert picture() == before
+    assert model.lm_head.weight.grad is kept and (kept == 1).all()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_dropout_is_off(rows):
+    model = tiny_llama(attention_dropout=0.5)
+    expected = gather(model, rows)["G"]
+    model.train()
+    found = gather(model, rows)["G"]
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_layer_that_sees_some_positions_only_is_refused(rows):
+    model = tiny_llama()
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x[:, 1:]).sum(dim=1, keepdim=True) + 0 * x
+    with pytest.raises(UserError, match="gate_proj does not see every position"):
+        gather(model, rows)

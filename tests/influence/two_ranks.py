@@ -1,0 +1,45 @@
+"""Run by torchrun from test_engine.py: the same matrices on several ranks, each rank's result to a file."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import World, tiny_llama
+from torch.distributed.fsdp import fully_shard
+
+from ideal.influence import Influence, InfluenceConfig, compute_influence
+
+BASE = InfluenceConfig(sample_fraction=0.95, error_sequences=11)
+CASES = {
+    "ekfac": BASE,
+    "ragged": replace(BASE, batch_size=1, error_sequences=5, factors="kfac"),
+    "partitions": replace(BASE, memory_budget=40e-6),
+    "sampled": replace(BASE, fisher="sampled"),
+    "diagonal": replace(BASE, factors="diagonal"),
+}
+
+
+def compute(world: World, case: str) -> Influence:
+    return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    state, domains, references = torch.load(folder / "world.pt", weights_only=False)
+    model = tiny_llama()
+    model.load_state_dict(state)
+    world = World(model, domains, references)
+    found = {case: compute(world, case) for case in CASES}
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    found["sharded"] = compute(world, "ragged")
+    torch.save(found, folder / f"rank{dist.get_rank()}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
