@@ -1,9 +1,9 @@
 """Encoding: conversations -> tokens and labels, by the tokenizer's own chat template.
 
 A conversation is rendered to text once and tokenized once, so that its ids are exactly those that the
-template gives. Which tokens are trained is read off the text: a turn's span starts where the template's prompt
-for it ends, and ends with the end token behind its content. Token ids decide nothing, so pad may equal the end
-token.
+template gives. Which tokens are trained is read off the text: a turn's span starts where the template's
+prompt for it ends, and ends with the end token behind its content. Token ids decide nothing, so pad may equal
+the end token.
 """
 
 import re
@@ -30,8 +30,8 @@ MASKED = -100
 TODAY = date(2024, 7, 26)
 NO_ROOM = "no trained token within data.max_length"
 
-# For a tokenizer without a template: named turns, the end token after each answer. It is set on the tokenizer,
-# so that it is saved with the model and used at inference.
+# For a tokenizer without a template: named turns, the end token after each answer. It is set on the
+# tokenizer, so that it is saved with the model and used at inference.
 CHAT_TEMPLATE = """\
 {%- if bos_token is defined and bos_token %}{{ bos_token }}{% endif -%}
 {%- for message in messages -%}
@@ -49,6 +49,7 @@ COLUMNS = datasets.Features(
         "labels": datasets.List(datasets.Value("int32")),
         "messages": MESSAGES,
         "row": datasets.Value("int64"),
+        "length": datasets.Value("int64"),
         "trained": datasets.Value("int64"),
         "position": datasets.Value("int64"),
         "truncated": datasets.Value("bool"),
@@ -63,8 +64,8 @@ class ExampleSet:
 
     name: str
     examples: datasets.Dataset
-    """Columns input_ids and labels (as long as each other; -100: not trained, labels[0] always), and messages, a
-    list of {role, content} (plain text: one message of role "text")."""
+    """Columns input_ids and labels (as long as each other; -100: not trained, labels[0] always), and
+    messages, a list of {role, content} (plain text: one message of role "text")."""
     lengths: np.ndarray
     """[rows] tokens."""
     trained_tokens: np.ndarray
@@ -147,11 +148,12 @@ class Encoder:
         except (jinja2.TemplateError, ValueError, TypeError) as error:
             raise UserError(
                 f"model.name_or_path: the chat template of {tokenizer.name_or_path} does not render a "
-                f"plain conversation ({error})"
+                f"plain conversation ({_first_line(error)})"
             ) from error
-        if not self.end_last:
+        if not self.end_between:
+            which = "an answer" if not self.end_last else "an answer that another turn follows"
             self.notes.append(
-                "the chat template puts no end token after an answer: the model will not learn to stop"
+                f"the chat template puts no end token after {which}: the model will not learn to stop there"
             )
         begins = tokenizer("", verbose=False)["input_ids"][:1] == [tokenizer.bos_token_id]
         self.text_start = tokenizer.bos_token if begins else ""
@@ -176,10 +178,8 @@ class Encoder:
 
     def _probe(self) -> None:
         """Learns what the template puts around an answer, from one whose place is plain to see."""
-        user, answer = (
-            {"role": "user", "content": "question"},
-            {"role": "assistant", "content": "IDEAL-PROBE"},
-        )
+        user = {"role": "user", "content": "question"}
+        answer = {"role": "assistant", "content": "IDEAL-PROBE"}
         asked, prompted = self.render([user]), self.render([user], prompt=True)
         before, _, self.tail = self.render([user, answer]).partition("IDEAL-PROBE")
         _, _, between = self.render([user, answer, user, answer]).partition("IDEAL-PROBE")
@@ -216,7 +216,7 @@ class Encoder:
             answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
             return text, [self._answer(text, messages, number) for number in answers]
         except (jinja2.TemplateError, ValueError, TypeError) as error:
-            raise DroppedRow(f"the chat template refuses it: {str(error).splitlines()[0]}") from error
+            raise DroppedRow(f"the chat template refuses it: {_first_line(error)}") from error
 
     def _answer(self, text: str, messages: list[Message], number: int) -> tuple[int, int]:
         """The span of one answer: from the end of its prompt through its end token."""
@@ -230,12 +230,11 @@ class Encoder:
             for variant in variants:
                 if text.startswith(variant + end, len(prompt)):
                     return len(prompt), len(prompt) + len(variant + end)
-            # The template puts something before the content (an empty <think> block): the model must write it.
+            # What the template puts before the content (an empty <think> block) the model must write too.
             through = self.render(messages[: number + 1])
-            closed = through[: len(through) - len(self.tail)] + self.end_last
-            if text.startswith(closed) and any(
-                closed.endswith(variant + self.end_last) for variant in variants
-            ):
+            closed = through.removesuffix(self.tail) + self.end_last
+            ends = any(closed.endswith(variant + self.end_last) for variant in variants)
+            if through.endswith(self.tail) and text.startswith(closed) and ends:
                 return len(prompt), len(closed)
         asked = self.render(messages[:number])
         if self.header is not None and text.startswith(asked + self.header):
@@ -275,6 +274,7 @@ class Encoder:
             count = int(trained.sum())
             columns["input_ids"].append(kept)
             columns["labels"].append(np.where(trained, kept, MASKED))
+            columns["length"].append(len(kept))
             columns["trained"].append(count)
             columns["position"].append(int(trained.nonzero()[0][-1]) if count else 0)
             columns["truncated"].append(len(ids) > self.max_length)
@@ -282,11 +282,15 @@ class Encoder:
         return {**columns, "messages": batch["messages"], "row": batch["row"]}
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def trained_mask(offsets: list[tuple[int, int]], spans: Iterable[tuple[int, int]]) -> np.ndarray:
     """Which tokens overlap one of the spans of characters; the first never is trained.
 
-    A byte-level tokenizer with trim_offsets gives whitespace no width, at its right end: such a token belongs to
-    the span that ends there, not to the one that starts there.
+    A byte-level tokenizer with trim_offsets gives whitespace no width, at its right end: such a token belongs
+    to the span that ends there, not to the one that starts there.
     """
     starts, ends = np.array(offsets, dtype=np.int64).reshape(-1, 2).T
     mask = np.zeros(len(starts), dtype=bool)
@@ -315,12 +319,6 @@ def example_set(encoded: datasets.Dataset, name: str) -> ExampleSet:
     dropped = encoded["dropped"][:]
     if any(dropped):
         encoded = encoded.select([row for row, reason in enumerate(dropped) if not reason])
-    table = encoded.with_format("numpy")
-    lengths = np.fromiter((len(ids) for ids in table["input_ids"]), dtype=np.int64, count=len(encoded))
-    return ExampleSet(
-        name,
-        encoded.select_columns(["input_ids", "labels", "messages"]),
-        lengths=lengths,
-        trained_tokens=np.asarray(table["trained"][:]),
-        positions=np.asarray(table["position"][:]),
-    )
+    lengths, trained, positions = (np.array(encoded[name][:]) for name in ("length", "trained", "position"))
+    examples = encoded.select_columns(["input_ids", "labels", "messages"])
+    return ExampleSet(name, examples, lengths=lengths, trained_tokens=trained, positions=positions)

@@ -79,7 +79,7 @@ def repeated(keys: Sequence[str]) -> list[bool]:
 
 
 def report_table(reports: Sequence[SetReport], notes: Sequence[str] = ()) -> str:
-    """The reports as an aligned table for the console, then a line for whatever was dropped or stands twice."""
+    """The reports as an aligned table for the console, then a line for whatever was dropped or repeats."""
     header = ("set", "rows", "kept", "tokens", "trained", "longest", "truncated", "dropped")
     body = [
         (

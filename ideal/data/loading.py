@@ -9,13 +9,16 @@ import numpy as np
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
+from ideal.data import formats
 from ideal.data.config import NO_REFERENCE, CapabilityConfig, DataConfig, DomainConfig, Source
 from ideal.data.encoding import MESSAGES, NO_ROOM, Encoder, ExampleSet, encode_conversations, example_set
 from ideal.data.formats import (
     BrokenRow,
     DroppedRow,
     Format,
+    Message,
     MissingValue,
+    Row,
     choose_format,
     conversation,
     conversation_key,
@@ -115,12 +118,14 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         if capability.test is not None:
             tests[name] = _draft("test", name, capability.test, capability, f"{key}.test")
 
-    _report_copies(pools, references, tests)
-    if config.drop_reference_copies:
-        _drop_copies(pools, [*references.values(), *tests.values()])
+    drafts, given = list(pools.values()), [*references.values(), *tests.values()]
+    for draft, copies in zip(drafts, _copies(drafts, drafts), strict=True):
+        draft.report.copies_across = copies
+    for draft, copies in zip(given, _copies(given, given), strict=True):
+        draft.report.copies_measured = copies
+    _set_apart(drafts, given, config.drop_reference_copies)
     cuts = {name: _hold_out(pools[name], seed) for name in capabilities if name not in references}
-    if config.drop_reference_copies:
-        _drop_copies(pools, list(cuts.values()))
+    _set_apart(drafts, list(cuts.values()), config.drop_reference_copies)
     references = {name: references.get(name) or cuts[name] for name in capabilities}
 
     def encode(drafts: dict[str, Draft]) -> dict[str, ExampleSet]:
@@ -163,11 +168,8 @@ def resolve_domains(config: DataConfig) -> dict[str, DomainConfig]:
         }
     if len(given) < 2:
         names = f"only {', '.join(given)}" if given else "none"
-        raise UserError(
-            f"data.domains: at least two domains are needed to mix, here {names} ({config.domains})"
-            if isinstance(config.domains, str)
-            else f"data.domains: at least two domains are needed to mix, here {names}"
-        )
+        where = f" in the folder {config.domains}" if isinstance(config.domains, str) else ""
+        raise UserError(f"data.domains: at least two domains are needed to mix, there is {names}{where}")
     return {
         name: _domain_at(name, domain) if isinstance(domain, str) else domain
         for name, domain in given.items()
@@ -256,15 +258,14 @@ def _convert(rows: Rows, fmt: Format, where: Mapping[str, str], key: str, label:
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
         columns: dict[str, list] = {"messages": [], "key": [], "row": numbers, "dropped": []}
         for index, number in enumerate(numbers):
-            messages, reason = _conversation(
-                rows, fmt, {name: batch[column][index] for name, column in where.items()}, f"{key}: ", number
-            )
+            row = {name: batch[column][index] for name, column in where.items()}
+            messages, reason = _conversation(rows, fmt, row, number, key)
             columns["messages"].append(messages)
             columns["key"].append(conversation_key(messages))
             columns["dropped"].append(reason)
         return columns
 
-    code = Path(choose_format.__code__.co_filename).read_bytes()
+    code = Path(formats.__file__).read_bytes()
     fingerprint = Hasher.hash(
         ("conversations", rows.dataset._fingerprint, fmt.name, sorted(where.items()), rows.from_json, code)
     )
@@ -284,9 +285,7 @@ def _convert(rows: Rows, fmt: Format, where: Mapping[str, str], key: str, label:
         raise UserError(f"{key}: {rows.source} is not UTF-8 text ({error.reason})") from error
 
 
-def _conversation(
-    rows: Rows, fmt: Format, row: dict, prefix: str, number: int
-) -> tuple[list[dict[str, str]], str]:
+def _conversation(rows: Rows, fmt: Format, row: Row, number: int, key: str) -> tuple[list[Message], str]:
     """A row's conversation, or none and why."""
     try:
         return conversation(fmt, row), ""
@@ -296,38 +295,32 @@ def _conversation(
         if isinstance(problem, MissingValue) and not rows.from_json:
             return [], str(problem)
         raise UserError(
-            f"{prefix}{rows.place(number)}: {problem} (format {fmt.name}); mend or remove the row"
+            f"{key}: {rows.place(number)}: {problem} (format {fmt.name}); mend or remove the row"
         ) from problem
 
 
-def _report_copies(pools: dict[str, Draft], references: dict[str, Draft], tests: dict[str, Draft]) -> None:
-    """Counts the conversations that stand in more than one set."""
-    measured = [*references.values(), *tests.values()]
-    sets = {id(draft): set(draft.keys) for draft in (*pools.values(), *measured)}
+def _copies(drafts: list[Draft], others: list[Draft]) -> list[dict[str, int]]:
+    """For each of the drafts, how many of its rows also stand in each other set, by label; zeros left out."""
+    sets = {other.report.label: set(other.keys) for other in others}
 
-    def count(drafts: list[Draft], of: Draft) -> dict[str, int]:
-        found = {
-            other.report.label: sum(key in sets[id(other)] for key in of.keys)
-            for other in drafts
-            if other is not of
-        }
-        return {label: number for label, number in found.items() if number}
+    def count(draft: Draft) -> dict[str, int]:
+        found = {label: sum(key in keys for key in draft.keys) for label, keys in sets.items()}
+        return {label: number for label, number in found.items() if number and label != draft.report.label}
 
-    for pool in pools.values():
-        pool.report.copies_across = count(list(pools.values()), pool)
-    for draft in (*pools.values(), *measured):
-        draft.report.copies_measured = count(measured, draft)
+    return [count(draft) for draft in drafts]
 
 
-def _drop_copies(pools: dict[str, Draft], measured: list[Draft]) -> None:
-    """Leaves out of the pools what also stands in a reference or test set."""
-    for pool in pools.values():
-        where = {key: draft.report.label for draft in reversed(measured) for key in draft.keys}
+def _set_apart(pools: list[Draft], measured: list[Draft], drop: bool) -> None:
+    """Reports, and leaves out if told so, what of the pools also stands in a reference or test set."""
+    where = {key: draft.report.label for draft in reversed(measured) for key in draft.keys}
+    for pool, counts in zip(pools, _copies(pools, measured), strict=True):
+        pool.report.copies_measured |= counts
         copies = np.array([key in where for key in pool.keys], dtype=bool)
-        rows = np.array(pool.conversations["row"][:])[copies]
-        pool.report.drop([f"also in {where[key]}" for key in pool.keys if key in where], rows.tolist())
-        pool.keep(~copies)
-        _check_not_empty(pool, len(pool.keys))
+        if drop and copies.any():
+            rows = np.array(pool.conversations["row"][:])[copies]
+            pool.report.drop([f"also in {where[key]}" for key in pool.keys if key in where], rows.tolist())
+            pool.keep(~copies)
+            _check_not_empty(pool, len(pool.keys))
 
 
 def _hold_out(pool: Draft, seed: int) -> Draft:

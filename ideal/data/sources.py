@@ -204,18 +204,31 @@ def _read_local(given: SourceConfig, path: Path, role: str, key: str) -> Rows:
 def _load_files(builder: str, files: list[Path], base: str, split: str, key: str) -> datasets.Dataset:
     options = _csv_options(files, key) if builder == "csv" else {}
     paths = [str(file.absolute()) for file in files]
-    verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our one line says it better
     try:
-        with progress_bars(False):
+        with _undisturbed():
             return datasets.load_dataset(builder, data_files={base: paths}, split=split, **options)
     except Exception as error:  # the builders raise whatever their parsers do
         if builder == "json":
             for file in files:
                 check_json(file, key)
+        if "corresponds to no data" in str(error):
+            raise UserError(f"{key}: {_names(files)} holds no rows") from error
         raise UserError(f"{key}: cannot read {_names(files)}: {_first_line(error)}") from error
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Local files are read without a bar, without a log of errors that we report ourselves, and without the
+    request to the hub by which `datasets` counts every load (seconds where there is no network)."""
+    verbosity, counts = datasets.logging.get_verbosity(), datasets.config.HF_UPDATE_DOWNLOAD_COUNTS
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
+    try:
+        with progress_bars(False):
+            yield
     finally:
         datasets.logging.set_verbosity(verbosity)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
 
 
 def _names(files: list[Path]) -> str:

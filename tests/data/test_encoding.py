@@ -172,6 +172,15 @@ def test_a_template_without_end_token_says_so():
     assert trained_runs(tokenizer, encode(tokenizer, TURNS)) == ["one\n\n two", "The answer is\tthree."]
 
 
+def test_a_template_with_an_end_token_only_at_the_end_says_so():
+    rule = "('\n' if message['role'] == 'assistant' and not loop.last else '<|im_end|>\n')"
+    template = CHATML.replace("'<|im_end|>' + '\n'", rule)
+    tokenizer = make_tokenizer(template)
+    assert any("answer that another turn follows" in note for note in Encoder(tokenizer, 100).notes)
+    runs = trained_runs(tokenizer, encode(tokenizer, TURNS))
+    assert runs == ["one\n\n two", "The answer is\tthree.<|im_end|>"]
+
+
 def test_a_tokenizer_without_template_gets_one_that_is_saved(tmp_path):
     tokenizer = make_tokenizer(None)
     encoder = Encoder(tokenizer, 100)

@@ -280,6 +280,10 @@ def test_bad_files_of_other_kinds(folder):
     refused("latin.jsonl, line 1: not UTF-8", domains=two(train="latin.jsonl"))
     (folder / "list.json").write_text('[{"prompt": "a",\n "completion": }]')
     refused("list.json, line 2: not valid JSON", domains=two(train="list.json"))
+    (folder / "head.csv").write_text("question,answer\n")
+    refused("head.csv holds no rows", domains=two(train="head.csv"))
+    datasets.Dataset.from_dict({"text": []}).to_parquet(folder / "none.parquet")
+    refused("none.parquet", domains=two(train="none.parquet"))
     (folder / "wide.csv").write_text("question,answer\na,b\na,b,c\n")
     refused("cannot read wide.csv", "line 3", domains=two(train="wide.csv"))
     (folder / "x.parquet").write_text("no")
@@ -311,7 +315,7 @@ def test_formats_and_columns_of_a_domain(folder):
 
 def test_a_single_domain_and_nothing_to_measure_by(folder):
     refused("at least two domains", "only math", domains={"math": "data/math"})
-    refused("at least two domains", "here none", domains={})
+    refused("at least two domains", "there is none", domains={})
     refused("no domains given", domains=None)
     none = {name: DomainConfig(f"data/{name}", reference="none") for name in ("math", "code")}
     refused("no domain has a reference set", domains=none)
@@ -415,6 +419,13 @@ def test_the_held_out_cut(folder):
     assert "held out of the domain, 12 of 120" in report["math reference"].notes[0]
     write(folder / "large.jsonl", rows_of("math", 2000))
     assert len(load({**domains, "math": "large.jsonl"}).references["math"]) == 128
+
+
+def test_copies_of_a_cut_are_counted_even_if_kept(folder):
+    write(folder / "alone.jsonl", rows_of("math", 100) * 2)
+    data = load({"math": "alone.jsonl", "code": "data/code"}, drop_reference_copies=False)
+    assert data.reports[0].copies_measured == {"math reference": 20}
+    assert len(data.pools["math"]) == 180
 
 
 def test_max_examples_draws_by_the_seed(folder):
