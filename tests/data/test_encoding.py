@@ -8,7 +8,7 @@ from templates import CHATML, END, LLAMA3, MISTRAL, TEMPLATES, make_tokenizer
 from transformers import ByT5Tokenizer
 
 from ideal.data import collate
-from ideal.data.encoding import MASKED, NO_ROOM, Encoder, without_today
+from ideal.data.encoding import MASKED, NO_ROOM, Encoder, trained_mask, without_today
 from ideal.errors import UserError
 
 USER, SYSTEM = {"role": "user", "content": "the question"}, {"role": "system", "content": "be brief"}
@@ -170,6 +170,19 @@ def test_a_template_without_end_token_says_so():
     encoder = Encoder(tokenizer, 100)
     assert any("no end token" in note for note in encoder.notes)
     assert trained_runs(tokenizer, encode(tokenizer, TURNS)) == ["one\n\n two", "The answer is\tthree."]
+
+
+def test_whitespace_without_width_belongs_to_the_answer_that_it_closes():
+    tokenizer = make_tokenizer(CHATML.replace("<|im_end|>", ""), trim_offsets=True)
+    messages = [USER, {"role": "assistant", "content": "one\n\n two \t"}]
+    assert trained_runs(tokenizer, encode(tokenizer, messages))[0].startswith("one\n\n two \t")
+    assert trained_mask([(0, 1), (2, 2), (2, 3), (5, 5), (6, 6)], [(2, 5)]).tolist() == [
+        False,
+        False,
+        True,
+        True,
+        False,
+    ]
 
 
 def test_a_template_with_an_end_token_only_at_the_end_says_so():
