@@ -343,9 +343,7 @@ class _Engine:
             self._means(reference_gradients, self.reference)
             with self._timed("matrix"):
                 self._note_first_positions(norms)
-                for name in layers:
-                    # From here on the sums hold the preconditioned gradients.
-                    self._add_matrix(name, curvature[name], domain_gradients.sums, reference_gradients.sums)
+                self._add_matrices(curvature, domain_gradients.sums, reference_gradients.sums)
             if self.config.error_sequences:
                 self._add_scores(tracker, self.training, self.training_errors, reference_gradients.sums)
                 self._add_scores(tracker, self.reference, self.reference_errors, domain_gradients.sums)
@@ -436,22 +434,32 @@ class _Engine:
             for number, chosen in enumerate(sets):
                 tensor[number] /= chosen.total or 1.0
 
-    def _add_matrix(
-        self,
-        name: str,
-        curvature: Curvature,
-        domain: dict[str, Tensor],
-        capability: dict[str, Tensor],
+    def _add_matrices(
+        self, curvature: dict[str, Curvature], domain: dict[str, Tensor], capability: dict[str, Tensor]
     ) -> None:
-        """One layer's part of M; replaces its mean gradients by the preconditioned ones."""
-        domain_nOI, capability_ROI = curvature.rotate(domain[name]), curvature.rotate(capability[name])
-        solved_ROI = curvature.divide(capability_ROI)
-        products = solved_ROI.flatten(1).double() @ domain_nOI.flatten(1).double().mT
-        self.layers[name] = -self.shares * broadcast_(products, 0).cpu().numpy()
-        if not np.isfinite(self.layers[name]).all():
-            raise UserError(f"influence: the statistics of {name} are not finite; did training diverge?")
-        domain[name] = curvature.rotate_back(curvature.divide(domain_nOI))
-        capability[name] = curvature.rotate_back(solved_ROI)
+        """The layers' parts of M, each computed by one rank.
+
+        Afterwards the mean gradients [n, O, I] and [R, O, I] are the preconditioned ones, on every rank,
+        if the standard errors need them.
+        """
+        products = {}
+        for number, name in enumerate(curvature):
+            shape = len(capability[name]), len(domain[name])
+            products[name] = torch.zeros(shape, dtype=torch.float64, device=self.device)
+            if number % world_size() == rank():
+                solved = curvature[name].solve(capability[name])
+                products[name] += solved.flatten(1).double() @ domain[name].flatten(1).double().mT
+                capability[name].copy_(solved)
+                if self.config.error_sequences:
+                    domain[name].copy_(curvature[name].solve(domain[name]))
+        for number, name in enumerate(curvature):
+            owner = number % world_size()
+            self.layers[name] = -self.shares * broadcast_(products[name], owner).cpu().numpy()
+            if not np.isfinite(self.layers[name]).all():
+                raise UserError(f"influence: the statistics of {name} are not finite; did training diverge?")
+            if self.config.error_sequences:
+                broadcast_(capability[name], owner)
+                broadcast_(domain[name], owner)
 
     def _note_first_positions(self, norms: InputNorms) -> None:
         for name, tensor in norms.sums.items():
