@@ -1,0 +1,73 @@
+"""Losses of a model on reference and test sets: summed token loss / trained tokens, over all ranks.
+
+Outside the Trainer on purpose: its evaluate() averages batch means, and called before train() it turns DDP off.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from ideal.data import ExampleSet, collate
+from ideal.distributed import all_reduce_, progress, rank, world_size
+from ideal.objective import summed_token_loss
+from ideal.settings import STRICT
+
+
+@dataclass
+class EvaluationConfig:
+    """`evaluation.*`: how reference and test losses are taken."""
+
+    __pydantic_config__ = STRICT
+
+    batch_size: Annotated[int, Field(ge=1)] = 8
+    """sequences per forward pass and process"""
+
+
+@torch.no_grad()
+def evaluate(
+    model: torch.nn.Module,
+    sets: Mapping[str, ExampleSet],
+    config: EvaluationConfig,
+    *,
+    pad_id: int,
+    description: str,
+) -> dict[str, float]:
+    """Mean loss per trained token (nats) of each set; the same on every rank.
+
+    Rows are dealt to ranks by length, so that batches hold little padding and ranks finish together.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    batches = {name: _my_batches(examples, config.batch_size) for name, examples in sets.items()}
+    # The sums stay on the device until the end: no synchronisation per batch.
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)
+    with progress(sum(map(len, batches.values())), description) as bar:
+        for index, (name, examples) in enumerate(sets.items()):
+            for rows in batches[name]:
+                batch = collate([examples[int(row)] for row in rows], pad_id)
+                labels = batch.pop("labels").to(device)
+                logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
+                sums[index, 0] += summed_token_loss(logits, labels)
+                sums[index, 1] += int(examples.trained_tokens[rows].sum())
+                bar.update()
+    model.train(was_training)
+    totals = all_reduce_(sums).tolist()
+    return {name: loss / tokens for name, (loss, tokens) in zip(sets, totals, strict=True)}
+
+
+def _my_batches(examples: ExampleSet, batch_size: int) -> list[np.ndarray]:
+    mine = np.argsort(-examples.lengths, kind="stable")[rank() :: world_size()]
+    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+
+
+def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float | None:
+    """Q = sum_r w_r L_r; None where a capability that counts has no loss."""
+    counting = {name: weight for name, weight in weights.items() if weight > 0}
+    if not counting or any(name not in losses for name in counting):
+        return None
+    return sum(weight * losses[name] for name, weight in counting.items())

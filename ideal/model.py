@@ -1,0 +1,162 @@
+"""Models and tokenizers: loaded, wrapped with LoRA, saved."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, TaskType, get_peft_model
+from pydantic import Field
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ideal.errors import UserError
+from ideal.settings import STRICT
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Loaded = TypeVar("Loaded")
+
+
+@dataclass
+class LoraConfig:
+    """`model.lora.*`: train low-rank adapters instead of all weights (peft)."""
+
+    __pydantic_config__ = STRICT
+
+    rank: Annotated[int, Field(ge=0)] = 0
+    """rank of the adapters; 0: full fine-tuning"""
+    alpha: Annotated[float, Field(gt=0)] = 16
+    """scale: the adapter's output is multiplied by alpha / rank"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout on the adapter's input, in training"""
+    target_modules: list[str] | str = "all-linear"
+    """names of the modules that get adapters, or peft's all-linear"""
+
+
+@dataclass
+class ModelConfig:
+    """`model.*`: the base model, and how it is held."""
+
+    __pydantic_config__ = STRICT
+
+    name_or_path: str | None = None
+    """hub name or folder of the base model; none: the embedded demo's"""
+    revision: str | None = None
+    """the hub's branch, tag or commit"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """of the weights in training; with float32 and train.bf16 the Trainer computes in bfloat16 (mixed precision)"""
+    attn_implementation: str | None = None
+    """transformers' attention kernel (sdpa, eager, flash_attention_2); none: transformers' choice"""
+    trust_remote_code: bool = False
+    """run code that comes with the model"""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+def _load(load: Callable[..., Loaded], config: ModelConfig, what: str, **options: Any) -> Loaded:
+    source = str(config.name_or_path)
+    if Path(source).expanduser().exists() and not Path(source).is_dir():
+        raise UserError(f"model.name_or_path: {source} is a file; give the model's folder or hub name")
+    try:
+        return load(
+            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise UserError(f"model.name_or_path: no {what} could be loaded from {source!r}: {reason}") from error
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with the end token as padding where it has none.
+
+    Raises UserError where there is none, or none that can tell characters from tokens.
+    """
+    folder = Path(str(config.name_or_path))
+    if folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+        raise UserError(
+            f"model.name_or_path: {folder} has no tokenizer (no tokenizer.json); "
+            "copy the tokenizer's files of the base model into it"
+        )
+    tokenizer = _load(AutoTokenizer.from_pretrained, config, "tokenizer")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model.name_or_path: the tokenizer of {config.name_or_path} has no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def checkpoint_config(config: ModelConfig) -> Any:
+    """The base model's transformers configuration: shapes, and the data type its weights are stored in.
+
+    Raises UserError where there is no such model.
+    """
+    return _load(AutoConfig.from_pretrained, config, "model configuration")
+
+
+def stored_dtype(config: ModelConfig) -> torch.dtype:
+    """The data type of the base checkpoint, in which trained models are saved too."""
+    dtype = getattr(checkpoint_config(config), "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else DTYPES[config.dtype]
+
+
+def load_model(
+    config: ModelConfig, checkpoint: Path | None, dtype: torch.dtype, *, trainable: bool = False
+) -> PreTrainedModel | PeftModel:
+    """The base model, or what a round trained.
+
+    checkpoint: a folder written by `save_model`; None: the base model. trainable: with LoRA, put adapters on the
+    base model where there are none yet. Raises UserError where nothing can be loaded.
+    """
+    lora = config.lora.rank > 0
+    where = config.name_or_path if lora or checkpoint is None else str(checkpoint)
+    source = ModelConfig(
+        name_or_path=where,
+        revision=config.revision if where == config.name_or_path else None,
+        trust_remote_code=config.trust_remote_code,
+    )
+    options = {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+    model = _load(AutoModelForCausalLM.from_pretrained, source, "model", dtype=dtype, **options)
+    if lora and checkpoint is not None:
+        return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=trainable)
+    if lora and trainable:
+        return get_peft_model(model, _peft_config(config.lora))
+    return model
+
+
+def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
+    return PeftLoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions too
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+    )
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    dtype: torch.dtype,
+    state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Writes weights (adapters alone with LoRA) in `dtype`, the configuration and the tokenizer to `folder`.
+
+    state: the full state dict where the model itself holds only shards.
+    """
+    state = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in (model.state_dict() if state is None else state).items()
+    }
+    model.config.dtype = dtype
+    model.save_pretrained(str(folder), state_dict=state)
+    tokenizer.save_pretrained(str(folder))
+
+
+def merge_adapters(config: ModelConfig, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the base model with the adapters of `checkpoint` added to its weights, loadable by itself."""
+    dtype = stored_dtype(config)
+    model = load_model(config, checkpoint, torch.float32)
+    assert isinstance(model, PeftModel)
+    merged = model.merge_and_unload()  # type: ignore[operator]
+    save_model(merged, tokenizer, folder, dtype)

@@ -1,0 +1,18 @@
+"""The loss that is trained, evaluated and differentiated: one definition for all."""
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100
+
+
+def summed_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy summed over the trained tokens, in float32 at least, in nats.
+
+    logits: [batch, length, vocabulary]; labels: [batch, length], -100 where masked. The token at position p is
+    predicted from position p - 1, as in every causal language model of transformers.
+    """
+    predictions = logits[:, :-1].flatten(0, 1)
+    if predictions.dtype in (torch.float16, torch.bfloat16):
+        predictions = predictions.float()
+    return F.cross_entropy(predictions, labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")

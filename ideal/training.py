@@ -1,0 +1,325 @@
+"""The inner loop: a base model and a mixture -> a trained model, by transformers' Trainer.
+
+The objective is DESIGN 1's: each optimizer step's loss is the summed token loss over the global batch divided by
+a constant of the round, the mean number of trained tokens per global batch. So every trained token weighs the
+same, whatever the batch size, the number of processes and accumulation, and a domain's weight is its token share.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+from pydantic import Field, TypeAdapter, ValidationError
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from ideal.data import ExampleSet, collate
+from ideal.distributed import all_gather_objects, is_main, world_size
+from ideal.errors import UserError
+from ideal.mixture import Mixture, training_rows
+from ideal.model import DTYPES, ModelConfig, load_model, save_model, stored_dtype
+from ideal.objective import IGNORED, summed_token_loss
+from ideal.seeding import generator
+
+TRAINER_KEYS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
+# What other keys, or the objective itself, decide: key -> what to do instead.
+NOT_FOR_USERS = {
+    "output_dir": "use output_dir",
+    "seed": "use seed",
+    "data_seed": "use seed",
+    "gradient_accumulation_steps": "it follows from train.global_batch_size",
+    "average_tokens_across_devices": "the objective fixes it",
+    "label_smoothing_factor": "influence is that of the plain token loss",
+    "neftune_noise_alpha": "influence is that of the plain token loss",
+    "train_sampling_strategy": "the order follows from the mixture and the seed",
+    "dataloader_drop_last": "the last batch is filled with masked rows",
+    "remove_unused_columns": "rows hold tokens and labels alone",
+    "label_names": "rows hold tokens and labels alone",
+    "auto_find_batch_size": "it would change the global batch; set train.per_device_train_batch_size",
+    "resume_from_checkpoint": "the same command resumes by itself",
+    "load_best_model_at_end": "the best round is kept by reference loss",
+    "do_train": "the loop trains",
+    "do_eval": "the loop evaluates",
+    "do_predict": "the loop evaluates",
+    "eval_strategy": "the loop evaluates after each round",
+    "eval_steps": "the loop evaluates after each round",
+    "eval_on_start": "the loop evaluates the base model",
+    "push_to_hub": "upload the finished model folder",
+    "deepspeed": "use train.fsdp",
+    "local_rank": "torchrun sets it",
+}
+# fsdp is annotated as a string, and True is what its own documentation asks for.
+WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
+
+
+@dataclass
+class TrainConfig:
+    """`train.*`: TrainingArguments by their own names, and the global batch.
+
+    Raises ValueError for a key that TrainingArguments lacks or that something else decides, and for a value of
+    the wrong type.
+    """
+
+    global_batch_size: Annotated[int, Field(ge=1)] = 32
+    """sequences per optimizer step over all processes; gradient accumulation follows from it"""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """every other train.* key: see transformers.TrainingArguments"""
+
+    def __post_init__(self) -> None:
+        self.arguments = {key: check_argument(key, value) for key, value in self.arguments.items()}
+
+    @property
+    def max_steps(self) -> int | None:
+        """Optimizer steps per round where a number is asked for, else None: epochs decide."""
+        steps = self.arguments.get("max_steps", -1)
+        return steps if steps > 0 else None
+
+    @property
+    def compute_dtype(self) -> torch.dtype | None:
+        """bfloat16 with train.bf16, else None: that of the weights."""
+        return torch.bfloat16 if self.arguments.get("bf16") else None
+
+
+def check_argument(key: str, value: Any) -> Any:
+    """`value` as TrainingArguments' type for `key`; raises ValueError in one line."""
+    if key in NOT_FOR_USERS:
+        raise ValueError(f"train.{key} is not for the user to set: {NOT_FOR_USERS[key]}")
+    if key not in TRAINER_KEYS:
+        near = difflib.get_close_matches(key, [*TRAINER_KEYS, "global_batch_size"], 1)
+        hint = f"; did you mean train.{near[0]}?" if near else " (see transformers.TrainingArguments)"
+        raise ValueError(f"unknown key train.{key}{hint}")
+    kind = WIDER_TYPES.get(key, TRAINER_KEYS[key].type)
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        detail = error.errors()[0]["msg"]
+        raise ValueError(f"train.{key}: {value!r} does not fit: {detail[0].lower()}{detail[1:]}") from None
+
+
+def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's arguments for this machine; making them also starts the process group.
+
+    Raises UserError where the global batch does not divide, or the Trainer would not see all of torchrun's ranks.
+    """
+    given = dict(config.arguments)
+    given.setdefault("use_cpu", not torch.accelerator.is_available())
+    given.setdefault("per_device_train_batch_size", min(8, config.global_batch_size))
+    given.setdefault("logging_steps", 10)
+    given.setdefault("save_strategy", "no")
+    given.setdefault("dataloader_pin_memory", not given["use_cpu"])
+    try:
+        arguments = TrainingArguments(output_dir=str(folder), seed=seed, **given)
+        processes = arguments.world_size
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"train: {str(error).strip().splitlines()[0]}") from error
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != wanted:
+        raise UserError(
+            f"train.use_cpu: the Trainer sees {processes} process(es) where torchrun started {wanted}, so each rank "
+            "would train a copy of its own; on a machine without accelerator leave train.use_cpu out or true"
+        )
+    if arguments.n_gpu > 1:
+        raise UserError(
+            f"this process sees {arguments.n_gpu} GPUs; start one process per GPU: "
+            f"torchrun --nproc_per_node={arguments.n_gpu} main.py (or choose one with CUDA_VISIBLE_DEVICES)"
+        )
+    per_step = arguments.per_device_train_batch_size * processes
+    if config.global_batch_size % per_step:
+        raise UserError(
+            f"train.global_batch_size: {config.global_batch_size} is not a multiple of "
+            f"train.per_device_train_batch_size x processes = {arguments.per_device_train_batch_size} x {processes}"
+        )
+    arguments.gradient_accumulation_steps = config.global_batch_size // per_step
+    return arguments
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """How a mixture becomes optimizer steps.
+
+    steps_per_epoch: global batches per epoch, the last one filled up with masked rows.
+    steps: optimizer steps in all. tokens_per_step: the constant that each step's summed loss is divided by.
+    """
+
+    steps_per_epoch: int
+    steps: int
+    tokens_per_step: float
+
+    @staticmethod
+    def of(rows: int, trained_tokens: int, config: TrainConfig) -> "RoundPlan":
+        """The plan for an epoch of `rows` examples holding `trained_tokens`."""
+        steps_per_epoch = math.ceil(rows / config.global_batch_size)
+        epochs = config.arguments.get("num_train_epochs", TRAINER_KEYS["num_train_epochs"].default)
+        steps = config.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
+        return RoundPlan(steps_per_epoch, steps, trained_tokens / steps_per_epoch)
+
+
+class RoundRows(Dataset):
+    """All of a round's rows in the order they are trained on, epoch after epoch, in whole global batches.
+
+    A finite sequence and not a shuffled epoch, so that the rows of step k are the same whatever the number of
+    processes and accumulation, and a killed run continues at the same row. The rows that fill the last batch of
+    an epoch are masked: they move nothing, and no example is repeated or left out.
+    """
+
+    def __init__(
+        self, pools: Mapping[str, ExampleSet], mixture: Mixture, plan: RoundPlan, global_batch: int, pad_id: int, seed: int
+    ) -> None:
+        self.pools, self.mixture, self.plan, self.seed = pools, mixture, plan, seed
+        self.global_batch = global_batch
+        self.filler = {"input_ids": [pad_id], "labels": [IGNORED]}
+        self.epoch, self.order = -1, training_rows(mixture, seed, 0)
+
+    def __len__(self) -> int:
+        return self.plan.steps * self.global_batch
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        epoch, place = divmod(index, self.plan.steps_per_epoch * self.global_batch)
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, training_rows(self.mixture, self.seed, epoch)
+        if place >= len(self.order):
+            return self.filler
+        domain, row = self.order[place]
+        return self.pools[domain][row]
+
+
+class InnerLoopTrainer(Trainer):
+    """Trainer that takes the rows as they come."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+
+
+class StepLog(TrainerCallback):
+    """Hands the Trainer's logs on, and says once how long the round will take."""
+
+    def __init__(self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]) -> None:
+        self.log, self.on_step_time = log, on_step_time
+        self.started = 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Starts the clock at the second step: the first one warms up."""
+        if state.global_step == 1:
+            self.started = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Reports seconds per step after five of them."""
+        if state.global_step == 6 and self.started:
+            self.on_step_time((time.monotonic() - self.started) / 5)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Hands on the numbers of one log event."""
+        if logs:
+            self.log(state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
+
+
+class QuietProgress(ProgressCallback):
+    """The Trainer's progress bar without a line per log event; those go to metrics.jsonl."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Shows the loss beside the bar."""
+        if self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
+@dataclass(frozen=True)
+class TrainingOutcome:
+    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop."""
+
+    steps: int
+    training_loss: float | None
+    seconds: float
+
+
+def train(
+    model_config: ModelConfig,
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    pools: Mapping[str, ExampleSet],
+    mixture: Mixture,
+    *,
+    start: Path | None,
+    folder: Path,
+    checkpoints: Path,
+    seed: int,
+    log: Callable[[int, dict[str, float]], None],
+    on_step_time: Callable[[float], None],
+) -> TrainingOutcome:
+    """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
+
+    start: the model to start from (None: the base model). checkpoints: where the Trainer keeps its own, from
+    which a killed inner loop continues if train.save_strategy asks for them.
+    Raises UserError when the loss is not finite any more.
+    """
+    round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
+    set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
+    arguments = training_arguments(config, checkpoints, round_seed)
+    plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
+    arguments.max_steps = plan.steps
+    pad_id = int(tokenizer.pad_token_id)
+    model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
+    trainer = InnerLoopTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
+        data_collator=lambda rows: collate(rows, pad_id),
+        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
+            summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
+        ),
+        callbacks=[StepLog(log, on_step_time)],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not arguments.disable_tqdm:
+        trainer.add_callback(QuietProgress())
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    _check_loss(losses, config)
+    _check_equal_weights(trainer)
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if is_main():
+        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, stored_dtype(model_config), state)
+    trainer.accelerator.free_memory()
+    return TrainingOutcome(plan.steps, losses[-1] if losses else None, time.monotonic() - started)
+
+
+def _check_loss(losses: list[float], config: TrainConfig) -> None:
+    if losses and not math.isfinite(losses[-1]):
+        rate = config.arguments.get("learning_rate", TRAINER_KEYS["learning_rate"].default)
+        raise UserError(
+            f"train.learning_rate: the training loss is not finite any more; {rate} is probably too high"
+        )
+
+
+def _check_equal_weights(trainer: Trainer) -> None:
+    """All ranks must hold the same weights after training (a Trainer whose DDP is off drifts without a word)."""
+    if world_size() == 1 or trainer.is_fsdp_enabled:
+        return
+    sums = [parameter.detach().double().sum().item() for parameter in trainer.model.parameters()]
+    if any(other != sums for other in all_gather_objects(sums)):
+        raise RuntimeError("the ranks' weights differ after training: gradients were not averaged over them")
+
+
+def describe(arguments: TrainingArguments, plan: RoundPlan) -> str:
+    """The inner loop in words, for the start of a run."""
+    return (
+        f"{plan.steps} optimizer steps of {arguments.per_device_train_batch_size} sequences x {world_size()} "
+        f"process(es) x {arguments.gradient_accumulation_steps} accumulation"
+    )
