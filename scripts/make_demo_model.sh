@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the demo's base model anew (ideal/demo/base_model/): seeded, about three minutes on one core.
+# Makes the demo's base model anew (ideal/demo/base_model/): seeded, about four minutes on one core.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=python
