@@ -146,6 +146,15 @@ def build_mixture(
     return Mixture(round, domains, dict(zip(names, map(float, steps), strict=True)))
 
 
+def mixture_of_sizes(trained_tokens: Mapping[str, np.ndarray], content: Mapping[str, Any], *, seed: int) -> Mixture:
+    """The mixture that a mixture.json of the same data describes, row for row."""
+    domains = {}
+    for name, tokens in trained_tokens.items():
+        counts = counts_of(row_order(seed, name, len(tokens)), int(content["domains"][name]["size"]))
+        domains[name] = DomainMixture(counts, int(counts @ tokens))
+    return Mixture(content["round"], domains, {name: content["domains"][name]["beta"] for name in trained_tokens})
+
+
 def round_half_up(value: float) -> int:
     """Nearest integer, halves up (Python's rounds halves to even, which would make sizes jump by two)."""
     return int(np.floor(value + 0.5))

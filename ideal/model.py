@@ -118,19 +118,21 @@ def load_model(
     model = _load(AutoModelForCausalLM.from_pretrained, source, "model", dtype=dtype, **options)
     if lora and checkpoint is not None:
         return PeftModel.from_pretrained(model, str(checkpoint), is_trainable=trainable)
-    if lora and trainable:
-        return get_peft_model(model, _peft_config(config.lora))
-    return model
+    return with_adapters(model, config.lora) if trainable else model
 
 
-def _peft_config(lora: LoraConfig) -> PeftLoraConfig:
-    return PeftLoraConfig(
+def with_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel | PeftModel:
+    """The model with new LoRA adapters as its only trainable parameters; as it is without LoRA."""
+    if lora.rank == 0:
+        return model
+    adapters = PeftLoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft takes fractions too
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
+    return get_peft_model(model, adapters)
 
 
 def save_model(

@@ -259,7 +259,7 @@ def train(
     checkpoints: Path,
     seed: int,
     log: Callable[[int, dict[str, float]], None],
-    on_step_time: Callable[[float], None],
+    on_step_time: Callable[[float, int], None],
 ) -> TrainingOutcome:
     """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
 
@@ -282,7 +282,7 @@ def train(
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
             summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
         ),
-        callbacks=[StepLog(log, on_step_time)],
+        callbacks=[StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(ProgressCallback)

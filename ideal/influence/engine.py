@@ -249,7 +249,7 @@ def partitions(
     groups: list[dict[str, nn.Linear]] = []
     left = 0.0
     for name, layer in layers.items():
-        size = _statistics_bytes(layer, config, domains, capabilities, itemsize)
+        size = statistics_bytes(layer, config, domains, capabilities, itemsize)
         if size > budget:
             raise UserError(
                 f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
@@ -263,7 +263,7 @@ def partitions(
     return groups
 
 
-def _statistics_bytes(
+def statistics_bytes(
     layer: nn.Linear, config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
 ) -> int:
     """Bytes held for a layer: gradients, eigenvalues, and the factors, which become bases in place."""

@@ -73,6 +73,11 @@ class Mixer:
     def __init__(self, config: MixingConfig) -> None:
         self.config = config
 
+    @classmethod
+    def moves(cls) -> bool:
+        """Whether this method ever changes its mixture after a round."""
+        return cls.propose is not Mixer.propose
+
     def start(self, ratios: np.ndarray, pool_sizes: np.ndarray) -> np.ndarray:
         """[n] the ratios of round 0, from the ones the user gave and the pools' sizes [n]."""
         return ratios

@@ -1,0 +1,208 @@
+"""From main.py's block and the command line to a run or one of its stages."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+import yaml
+
+from ideal import demo
+from ideal.config import Command, Config, dump, flat, help_text, read_command
+from ideal.data import CapabilityConfig, Data, load_data
+from ideal.data.inspection import SetReport, report_table, show_example
+from ideal.distributed import barrier, is_main, say, together
+from ideal.errors import UserError
+from ideal.estimate import estimate
+from ideal.loop import Run, estimate_influence, influence_json, loaded_model, run_loop
+from ideal.mixers import MIXERS
+from ideal.mixture import Mixture, build_mixture
+from ideal.model import checkpoint_config, load_tokenizer
+from ideal.report import export_mixture, final_summary, load_run, render_report
+from ideal.report.tables import as_text, influence_table
+from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
+from ideal.training import training_arguments
+
+
+def main(defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
+    """Runs what `argv` asks for over main.py's `defaults`; the exit status: 2 after a user's mistake."""
+    if "--help" in argv or "-h" in argv:
+        if is_main():
+            print(help_text(defaults))
+        return 0
+    quiet_libraries()
+    try:
+        execute(read_command(defaults, argv))
+    except UserError as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def quiet_libraries() -> None:
+    """One talker: libraries' notes and bars would hide ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.logging.set_verbosity_error()
+
+
+def execute(command: Command) -> None:
+    """The stage that the command asks for."""
+    folder = RunFolder(Path(command.config.output_dir))
+    if command.stage == "report":
+        return report_stage(folder)
+    config = with_demo(command.config)
+    # Also starts the process group, which everything after it uses.
+    arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
+    together(lambda: claim(folder, command))
+    if folder.finished and command.stage == "run":
+        say(f"{folder.path}: this run is finished (--restart true starts over)\n")
+        say(final_summary(load_run(folder.path)) if is_main() else "")
+        return None
+    run = prepare(config, folder, arguments)
+    {"run": run_loop, "influence": influence_stage, "mix": mix_stage}[command.stage](run)
+    return None
+
+
+def claim(folder: RunFolder, command: Command) -> None:
+    """Makes output_dir ready; raises UserError where it holds something else."""
+    if command.restart:
+        folder.clear()
+        barrier()
+    if command.stage != "run" and folder.state.is_file():
+        raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
+    folder.check(dump(command.config), flat)
+    barrier()
+    folder.claim(dump(command.config), header())
+
+
+def header() -> str:
+    """What made config.yaml, as comments."""
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return f"# {now}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+
+
+def with_demo(config: Config) -> Config:
+    """The configuration with the embedded demo's model and data where none are given."""
+    if not config.is_demo:
+        return config
+    parts = demo.prepare(Path("runs") / "demo_data")
+    capabilities = {
+        path.name: CapabilityConfig(reference=str(path / "reference.jsonl"), test=str(path / "test.jsonl"))
+        for path in sorted(parts.capabilities.iterdir())
+    }
+    return replace(
+        config,
+        model=replace(config.model, name_or_path=str(parts.base_model)),
+        data=replace(config.data, domains=str(parts.domains), capabilities=capabilities | config.data.capabilities),
+    )
+
+
+def prepare(config: Config, folder: RunFolder, arguments: transformers.TrainingArguments) -> Run:
+    """Loads tokenizer and data, checks them, and says what there is and what the run will take."""
+    together(lambda: checkpoint_config(config.model))
+    tokenizer = together(lambda: load_tokenizer(config.model))
+    data = load_data(config.data, tokenizer, config.seed)
+    ratios = together(lambda: start_ratios(config, data))
+    run = Run(config, folder, tokenizer, data, ratios, arguments)
+    write_json(folder.data, [data_row(report) for report in data.reports])
+    say(report_table(data.reports, data.notes) + "\n")
+    for name, pool in data.pools.items():
+        say(f"first example of {name} (> trained, | masked):\n{show_example(pool, 0, tokenizer, 300)}\n")
+    mixture = build_mixture(run.trained_tokens, ratios, seed=config.seed, round=0)
+    together(lambda: check_mixture(mixture))
+    say(together(lambda: estimate(config, data, mixture, arguments)) + "\n")
+    return run
+
+
+def data_row(report: SetReport) -> dict[str, Any]:
+    """One set's line of data.json, flat."""
+    row = {key: value for key, value in asdict(report).items() if isinstance(value, str | int)}
+    row["dropped"] = "; ".join(f"{d.count} {d.reason}" for d in report.dropped)
+    copies = {**report.copies_across, **report.copies_measured}
+    row["copies_elsewhere"] = "; ".join(f"{count} in {label}" for label, count in copies.items() if count)
+    return {**row, "set": report.label}
+
+
+def start_ratios(config: Config, data: Data) -> np.ndarray:
+    """[n] the start ratios, from mixing.ratios (a mapping or a mixture.json) over data.domains.NAME.ratio.
+
+    Raises UserError for a domain that does not exist, an unreadable file, or ratios that are all zero.
+    """
+    given = config.mixing.ratios or {}
+    if isinstance(given, str):
+        given = read_ratios(Path(given))
+    for name in given:
+        if name not in data.pools:
+            raise UserError(f"mixing.ratios: there is no domain {name!r}; there are {', '.join(data.pools)}")
+    ratios = np.array([given.get(name, data.ratios[name]) for name in data.pools], dtype=np.float64)
+    if not ratios.any():
+        raise UserError("mixing.ratios: all are zero, so there is nothing to train on")
+    sizes = np.array([len(pool) for pool in data.pools.values()], dtype=np.float64)
+    return MIXERS[config.mixing.method](config.mixing).start(ratios, sizes)
+
+
+def read_ratios(path: Path) -> dict[str, float]:
+    """The ratios in a mixture.json."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return {name: float(entry["ratio"]) for name, entry in content["domains"].items()}
+    except OSError:
+        raise UserError(f"mixing.ratios: no file {path}") from None
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"mixing.ratios: {path} is no mixture.json (domains with a ratio each)") from None
+
+
+def check_mixture(mixture: Mixture) -> None:
+    """Raises UserError where only one domain is trained on: there is nothing to mix."""
+    used = [name for name, domain in mixture.domains.items() if domain.size]
+    if len(used) < 2:
+        raise UserError(f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed")
+
+
+def influence_stage(run: Run) -> None:
+    """`--stage influence`: the matrix of the given model on the given data, no training."""
+    mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+    with loaded_model(run, None) as model:
+        influence = estimate_influence(run, model, mixture)
+    content = influence_json(run, influence)
+    write_json(run.folder.path / "influence.json", content)
+    table = influence_csv(influence.capabilities, influence.domains, influence.matrix, content["objective_free"])
+    write_text(run.folder.path / "influence.csv", table)
+    if is_main():
+        say(f"influence M[r, j] = dL_r / dbeta_j, free form; negative: more of j lowers r's loss\n\n{table}")
+        say(f"in {run.folder.path}: influence.csv, influence.json")
+    barrier()
+
+
+def mix_stage(run: Run) -> None:
+    """`--stage mix`: the mixture that the given ratios give, as mixture.json and as data."""
+    mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+    write_json(run.folder.mixture, mixture.to_json())
+    if is_main():
+        export_mixture(run.folder.path, run.data.pools, {n: d.counts for n, d in mixture.domains.items()})
+        for name, domain in mixture.to_json()["domains"].items():
+            say(f"{name}: {domain['size']:,} of {domain['pool']:,} examples, share {domain['share']:.3f}")
+        say(f"in {run.folder.path}: mixture.json, export/")
+    barrier()
+
+
+def report_stage(folder: RunFolder) -> None:
+    """`--stage report`: the page and the figures again, from the run's files."""
+    if not folder.config.is_file():
+        raise UserError(f"output_dir: {folder.path} holds no run to report on")
+    if is_main():
+        say(f"wrote {render_report(folder.path)}")

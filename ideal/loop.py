@@ -1,0 +1,391 @@
+"""The alternation: train on a mixture, evaluate, estimate influence, move the mixture, train again."""
+
+import gc
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from ideal.config import Config
+from ideal.data import Data
+from ideal.distributed import all_gather_objects, barrier, is_main, say
+from ideal.evaluation import evaluate, weighted
+from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
+from ideal.mixers import MIXERS, Mixer, RoundResult, Step
+from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
+from ideal.model import DTYPES, load_model, merge_adapters
+from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
+from ideal.report.tables import duration
+from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
+from ideal.training import train
+
+MANY_EPOCHS = 4
+"""Passes over the same example beyond which repeats are worth little (Muennighoff et al. 2023)."""
+MEMORISED = 0.5
+"""Training loss / reference loss below which training gradients say little about the reference loss."""
+
+
+@dataclass
+class Run:
+    """Everything that the rounds share."""
+
+    config: Config
+    folder: RunFolder
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    start_ratios: np.ndarray
+    """[n] the ratios of round 0, in the order of data.pools."""
+    arguments: TrainingArguments
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def mixer(self) -> Mixer:
+        """The configured method."""
+        return MIXERS[self.config.mixing.method](self.config.mixing)
+
+    @property
+    def trained_tokens(self) -> dict[str, np.ndarray]:
+        """Per domain, [pool] trained tokens of each example."""
+        return {name: pool.trained_tokens for name, pool in self.data.pools.items()}
+
+    def warn(self, text: str) -> None:
+        """Says a warning once, and keeps it for the report."""
+        if text not in self.warnings:
+            self.warnings.append(text)
+            say(f"warning: {text}")
+
+
+def run_loop(run: Run) -> None:
+    """All rounds, resumed behind the last finished phase; ends with the best round's model and the report."""
+    base = evaluate_base(run)
+    say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
+    mixer, rounds, results = run.mixer, run.config.mixing.rounds, list[RoundResult]()
+    step: Step | None = None
+    reason = f"all {rounds} outer steps are taken"
+    for number in range(rounds + 1):
+        here = run.folder.round(number)
+        mixture = mixture_of_round(run, here, results, step)
+        train_round(run, here, mixture)
+        evaluation = evaluate_round(run, here)
+        stop = stop_reason(run, number)
+        matrix = None
+        if mixer.needs_influence and number < rounds and not stop:
+            matrix = influence_of_round(run, here, mixture)
+        results.append(result_of(run, number, mixture, evaluation, matrix))
+        step = mixer.propose(results) if number < rounds and not stop else None
+        finish_round(run, here, step)
+        if step is None:
+            reason = stop or (reason if number == rounds else f"{run.config.mixing.method} keeps its mixture")
+            break
+    finish_run(run, reason)
+
+
+def evaluate_base(run: Run) -> dict[str, Any]:
+    """The base model's losses, before any training."""
+    path = run.folder.base_evaluation
+    if not exists(path):
+        with loaded_model(run, None) as model:
+            write_json(path, evaluate_model(run, model, "base model"))
+        barrier()
+    return dict(read_json(path))
+
+
+def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], step: Step | None) -> Mixture:
+    """This round's mixture: as written before, else the start's or the one that the last step leads to."""
+    if exists(here.mixture):
+        return mixture_of_sizes(run.trained_tokens, read_json(here.mixture), seed=run.config.seed)
+    if step is None:
+        mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+    else:
+        mixture = next_mixture(run, here.number, step)
+    write_json(here.mixture, mixture.to_json())
+    return mixture
+
+
+def next_mixture(run: Run, number: int, step: Step) -> Mixture:
+    """The mixture of round `number` that `step` leads to; with a fixed volume it holds round 0's tokens."""
+    total = None
+    if run.config.mixing.budget == "fixed":
+        total = int(read_json(run.folder.round(0).mixture)["total_tokens"])
+    return build_mixture(
+        run.trained_tokens, step.ratios, seed=run.config.seed, round=number, beta=step.beta, total_tokens=total
+    )
+
+
+def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
+    """The inner loop, unless its model or everything that follows from it is there."""
+    needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
+    if exists(here.model) or not needs_model:
+        return
+    say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
+    epochs = float(run.config.train.arguments.get("num_train_epochs", 3.0))
+    for name, domain in mixture.domains.items():
+        if run.config.train.max_steps is None and domain.ratio * epochs > MANY_EPOCHS and domain.ratio > 1:
+            run.warn(f"{name}: each example is seen {domain.ratio * epochs:.1f} times in a round; beyond about "
+                     f"{MANY_EPOCHS}, repeats are worth little")  # fmt: skip
+    partial = here.path / "model.part"
+    if is_main():
+        remove(partial)
+    barrier()
+    start = None
+    if run.config.mixing.start == "continue" and here.number:
+        start = find_model(run, run.folder.round(here.number - 1))
+    inner_loops = run.config.mixing.rounds + 1 - here.number
+
+    def on_step_time(seconds: float, steps: int) -> None:
+        say(f"a step takes {seconds:.2f} s: about {duration(seconds * steps)} for this inner loop, "
+            f"{duration(seconds * steps * inner_loops)} for all that remain, outer steps not counted")  # fmt: skip
+
+    outcome = train(
+        run.config.model,
+        run.config.train,
+        run.tokenizer,
+        run.data.pools,
+        mixture,
+        start=start,
+        folder=partial,
+        checkpoints=here.checkpoints,
+        seed=run.config.seed,
+        log=lambda step, values: run.folder.log("train", values, round=here.number, step=step),
+        on_step_time=on_step_time,
+    )
+    if is_main():
+        write_json(here.training, asdict(outcome))
+        os.replace(partial, here.model)
+        remove(here.checkpoints)
+    run.folder.log("train", {"seconds": outcome.seconds}, round=here.number, step=outcome.steps)
+    barrier()
+
+
+def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
+    """The trained model's losses."""
+    if not exists(here.evaluation):
+        with loaded_model(run, here) as model:
+            evaluation = evaluate_model(run, model, f"round {here.number}")
+        write_json(here.evaluation, evaluation)
+        barrier()
+    evaluation = dict(read_json(here.evaluation))
+    training_loss = read_json(here.training)["training_loss"] if here.training.is_file() else None
+    if training_loss is not None and training_loss < MEMORISED * evaluation["Q"]:
+        run.warn(
+            f"round {here.number}: the training loss ({training_loss:.3f}) is far below Q ({evaluation['Q']:.3f}); "
+            "training gradients vanish there and a domain's own influence can change its sign: train for fewer epochs"
+        )
+    return evaluation
+
+
+def evaluate_model(run: Run, model: torch.nn.Module, description: str) -> dict[str, Any]:
+    """The content of evaluation.json."""
+    losses = {}
+    for kind, sets in (("reference", run.data.references), ("test", run.data.tests)):
+        losses[kind] = evaluate(
+            model,
+            sets,
+            run.config.evaluation,
+            pad_id=int(run.tokenizer.pad_token_id),
+            description=f"{description}: {kind} losses",
+        )
+    return {
+        "reference_loss": losses["reference"],
+        "test_loss": losses["test"],
+        "Q": weighted(losses["reference"], run.data.weights),
+        "Q_test": weighted(losses["test"], run.data.weights),
+    }
+
+
+def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndarray:
+    """[R, n] M in its free form, at this round's model."""
+    if not exists(here.influence):
+        with loaded_model(run, here) as model:
+            influence = estimate_influence(run, model, mixture)
+        content = influence_json(run, influence)
+        here.write_influence_csv(
+            influence.capabilities, influence.domains, influence.matrix, content["objective_free"]
+        )
+        write_json(here.influence, content)
+        run.folder.log("influence", {"seconds": sum(influence.seconds.values())}, round=here.number)
+        barrier()
+    return np.array(read_json(here.influence)["matrix"])
+
+
+def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> Influence:
+    """The influence of the mixture's domains at `model`."""
+    samples = {
+        name: DomainSample(run.data.pools[name], domain.counts) for name, domain in mixture.domains.items()
+    }
+    return compute_influence(model, samples, run.data.references, run.config.influence, run.config.seed)
+
+
+def influence_json(run: Run, influence: Influence) -> dict[str, Any]:
+    """The content of influence.json (DESIGN 5), with w^T M in both forms."""
+    weights = np.array([run.data.weights[name] for name in influence.capabilities])
+    fixed = fixed_form(influence.matrix, influence.shares)
+    free_objective, fixed_objective = objective(influence.matrix, weights), objective(fixed, weights)
+    used = fixed_objective if run.config.mixing.budget == "fixed" else free_objective
+    content = {
+        **asdict(influence),
+        "matrix_fixed": fixed,
+        "objective_free": free_objective,
+        "objective_fixed": fixed_objective,
+        "alpha": used,
+        "budget": run.config.mixing.budget,
+        "damping": run.config.influence.damping,
+        "factors": run.config.influence.factors,
+        "weights": weights,
+    }
+    return {key: _plain(value) for key, value in content.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Arrays as lists, and what is not a number as null: JSON knows no NaN."""
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def result_of(
+    run: Run, number: int, mixture: Mixture, evaluation: dict[str, Any], matrix: np.ndarray | None
+) -> RoundResult:
+    """What a mixer may know after a round."""
+    return RoundResult(
+        round=number,
+        pool_sizes=np.array([domain.pool for domain in mixture.domains.values()], dtype=np.float64),
+        ratios=mixture.ratios,
+        shares=mixture.shares,
+        reference_loss=np.array([evaluation["reference_loss"][name] for name in run.data.references]),
+        weights=np.array([run.data.weights[name] for name in run.data.references]),
+        influence=matrix,
+    )
+
+
+def stop_reason(run: Run, number: int) -> str | None:
+    """Why the run should end after round `number`, None if it should not."""
+    losses = [read_json(run.folder.round(r).evaluation)["Q"] for r in range(number + 1)]
+    best = int(np.argmin(losses))
+    if number - best < run.config.mixing.patience:
+        return None
+    return f"Q of round {number} ({losses[number]:.4f}) is not below round {best}'s ({losses[best]:.4f})"
+
+
+def best_round(run: Run) -> int:
+    """The finished round of lowest Q on the reference sets, the earliest of equal ones."""
+    losses = []
+    while run.folder.round(len(losses)).evaluation.is_file():
+        losses.append(read_json(run.folder.round(len(losses)).evaluation)["Q"])
+    return int(np.argmin(losses))
+
+
+def needs_influence(run: Run, here: RoundFolder) -> bool:
+    """Whether this round's influence is wanted and not there yet."""
+    wanted = run.mixer.needs_influence and here.number < run.config.mixing.rounds
+    return wanted and stop_reason(run, here.number) is None and not exists(here.influence)
+
+
+def find_model(run: Run, here: RoundFolder) -> Path | None:
+    """Where a round's trained model lies: in its folder, or as the best one of a run that was finished."""
+    if exists(here.model):
+        return here.model
+    moved = run.config.model.lora.rank == 0 and exists(run.folder.model) and exists(run.folder.mixture)
+    if moved and read_json(run.folder.mixture)["round"] == here.number:
+        return run.folder.model
+    return None
+
+
+def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
+    """Renames the round's folder, prints its table, and drops models that nothing needs any more."""
+    new = not exists(here.complete_path)
+    here.finish()
+    barrier()
+    best = best_round(run)
+    if is_main():
+        write_json(run.folder.state, {"finished": False, "round": here.number, "best_round": best,
+                                      "warnings": run.warnings})  # fmt: skip
+        if new:
+            following = next_mixture(run, here.number + 1, step).to_json() if step else None
+            say("\n" + round_table(load_run(run.folder.path), here.number, following) + "\n")
+        if run.config.keep_models == "final":
+            for number in range(here.number):
+                if number != best:
+                    remove(run.folder.round(number).model)
+    barrier()
+
+
+def finish_run(run: Run, reason: str) -> None:
+    """The best round's mixture and model to the top of the folder, exports, report, and a last word."""
+    best = best_round(run)
+    here = run.folder.round(best)
+    source = find_model(run, here)
+    if is_main():
+        place_model(run, source)
+        content = read_json(here.mixture)
+        write_json(run.folder.mixture, content)
+        counts = {
+            name: domain.counts
+            for name, domain in mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed).domains.items()
+        }
+        export_mixture(run.folder.path, run.data.pools, counts)
+        write_json(run.folder.state, {"finished": True, "reason": reason, "best_round": best,
+                                      "warnings": run.warnings})  # fmt: skip
+        render_report(run.folder.path)
+        say(f"finished: {reason}\n\n{final_summary(load_run(run.folder.path))}")
+    barrier()
+
+
+def place_model(run: Run, source: Path | None) -> None:
+    """Puts the best round's model at output_dir/model, loadable by itself, and keeps or drops the others."""
+    keep_all = run.config.keep_models == "all"
+    if source is not None and source != run.folder.model:
+        if run.config.model.lora.rank:
+            write_atomically(run.folder.model, lambda p: merge_adapters(run.config.model, source, run.tokenizer, p))
+        elif keep_all:
+            write_atomically(run.folder.model, lambda part: _link_tree(source, part))
+        else:
+            remove(run.folder.model)
+            os.replace(source, run.folder.model)
+    if not keep_all:
+        for path in run.folder.path.glob("round_*/model"):
+            remove(path)
+
+
+def _link_tree(source: Path, target: Path) -> None:
+    """A copy that takes no room where the file system can link."""
+
+    def link(a: str, b: str) -> None:
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+
+    shutil.copytree(source, target, copy_function=link)
+
+
+@contextmanager
+def loaded_model(run: Run, here: RoundFolder | None) -> Iterator[torch.nn.Module]:
+    """The base model (None) or a round's, unwrapped, on this process's device, gone afterwards."""
+    checkpoint = None if here is None else find_model(run, here)
+    dtype = run.config.train.compute_dtype or DTYPES[run.config.model.dtype]
+    model = load_model(run.config.model, checkpoint, dtype).to(run.arguments.device)  # type: ignore[arg-type]
+    try:
+        yield model
+    finally:
+        del model
+        gc.collect()
+        if torch.accelerator.is_available():
+            torch.accelerator.empty_cache()
+
+
+def exists(path: Path) -> bool:
+    """Whether rank 0 sees `path`: all ranks must decide alike, and rank 0 writes."""
+    return bool(all_gather_objects(path.exists())[0])

@@ -1,0 +1,220 @@
+"""The files of a run (DESIGN 5): where they lie, written atomically, fingerprinted, resumed.
+
+Only this module knows the paths. Every file appears whole under its name or not at all, so what is there tells
+which phases are finished, and the same command continues behind the last one.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ideal.distributed import is_main
+from ideal.errors import UserError
+
+# Keys that may differ when a run is continued: they change neither the mixture nor the training.
+MAY_CHANGE = frozenset(
+    {
+        "keep_models",
+        "output_dir",
+        "evaluation.batch_size",
+        "influence.batch_size",
+        "influence.memory_budget",
+        *(
+            f"train.{name}"
+            for name in (
+                "report_to", "run_name", "project", "logging_steps", "logging_strategy", "logging_first_step",
+                "log_level", "log_level_replica", "log_on_each_node", "disable_tqdm", "save_strategy", "save_steps",
+                "save_total_limit", "per_device_train_batch_size", "dataloader_num_workers",
+                "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+            )
+        ),
+    }
+)  # fmt: skip
+GROWS = "mixing.rounds"
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Lets `write` make a file or folder under a temporary name, then renames it to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    remove(part)
+    write(part)
+    remove(path)
+    os.replace(part, path)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file atomically, on rank 0 alone."""
+    if is_main():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file atomically, on rank 0 alone."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+class RoundFolder:
+    """One round's files: in round_NN.part until the round is complete, then in round_NN."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        self.number = number
+        self.complete_path = run / f"round_{number:02d}"
+        self.part_path = run / f"round_{number:02d}.part"
+
+    @property
+    def path(self) -> Path:
+        """Where the files are now."""
+        return self.complete_path if self.complete_path.is_dir() else self.part_path
+
+    @property
+    def mixture(self) -> Path:
+        """mixture.json"""
+        return self.path / "mixture.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """evaluation.json"""
+        return self.path / "evaluation.json"
+
+    @property
+    def influence(self) -> Path:
+        """influence.json"""
+        return self.path / "influence.json"
+
+    @property
+    def training(self) -> Path:
+        """training.json: steps, training loss, seconds."""
+        return self.path / "training.json"
+
+    @property
+    def model(self) -> Path:
+        """The trained model."""
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The Trainer's own checkpoints while the inner loop runs."""
+        return self.path / "checkpoints"
+
+    def write_influence_csv(self, capabilities: list[str], domains: list[str], rows: Any, objective: Any) -> None:
+        """influence.csv: M in its free form, a row per capability, and w^T M as the row "objective"."""
+        write_text(self.path / "influence.csv", influence_csv(capabilities, domains, rows, objective))
+
+    def finish(self) -> None:
+        """Renames the folder once everything of the round is in it."""
+        if is_main() and self.part_path.is_dir():
+            os.replace(self.part_path, self.complete_path)
+
+
+def influence_csv(capabilities: list[str], domains: list[str], rows: Any, objective: Any) -> str:
+    """M [R, n] and w^T M [n] as CSV text."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["capability", *domains])
+    for name, row in zip([*capabilities, "objective"], [*rows, objective], strict=True):
+        writer.writerow([name, *(f"{value:.9g}" for value in row)])
+    return text.getvalue()
+
+
+class RunFolder:
+    """The folder `output_dir`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.state = path / "state.json"
+        self.data = path / "data.json"
+        self.mixture = path / "mixture.json"
+        self.model = path / "model"
+        self.base_evaluation = path / "base" / "evaluation.json"
+        self.metrics = path / "metrics.jsonl"
+
+    def round(self, number: int) -> RoundFolder:
+        """Round `number`'s folder."""
+        return RoundFolder(self.path, number)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to its end."""
+        return self.state.is_file() and bool(read_json(self.state).get("finished"))
+
+    def log(self, phase: str, values: Mapping[str, Any], *, round: int | None = None, step: int | None = None) -> None:
+        """Adds one event to metrics.jsonl, on rank 0 alone."""
+        if is_main():
+            event = {"time": time.time(), "round": round, "phase": phase, "step": step, "values": dict(values)}
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self.metrics.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+
+    def check(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Raises UserError where the folder holds another configuration's run, or what no run wrote."""
+        if self.config.is_file():
+            self._compare(config, flat)
+        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise UserError(
+                f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
+            )
+
+    def claim(self, config: dict[str, Any], header: str) -> None:
+        """Writes config.yaml, and opens a finished run again where it may now take more outer steps."""
+        if is_main() and self.config.is_file() and self.finished:
+            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            if before["mixing"]["rounds"] < config["mixing"]["rounds"]:
+                write_json(self.state, {**read_json(self.state), "finished": False})
+        write_text(self.config, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+
+    def _compare(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        try:
+            before = flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
+        except (yaml.YAMLError, AttributeError):
+            raise UserError(f"output_dir: {self.config} cannot be read; name another folder") from None
+        now = flat(config)
+        changed = [
+            f"{key} ({before.get(key, 'not set')} -> {now.get(key, 'not set')})"
+            for key in dict.fromkeys([*before, *now])
+            if key not in MAY_CHANGE and before.get(key) != now.get(key)
+            and not (key == GROWS and now.get(key, 0) > before.get(key, 0))
+        ]  # fmt: skip
+        if changed:
+            shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")
+            raise UserError(
+                f"output_dir: {self.path} holds a run of another configuration: {shown}. "
+                "Name another output_dir, or start over with --restart true"
+            )
+
+    def clear(self) -> None:
+        """Removes the run in the folder, and nothing else. Raises UserError where there is none."""
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if not self.config.is_file():
+            raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
+        if is_main():
+            ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
+            for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
+                for path in self.path.glob(pattern):
+                    remove(path)
