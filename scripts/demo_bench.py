@@ -1,0 +1,185 @@
+"""One inner loop on the demo for any mixture: what demo_sweep.py and demo_table.py are made of."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ideal.cli import with_demo
+from ideal.config import Config, read_command
+from ideal.data import Data, load_data
+from ideal.distributed import progress
+from ideal.evaluation import evaluate, weighted
+from ideal.mixture import Mixture, build_mixture
+from ideal.model import load_model, load_tokenizer
+from ideal.training import train
+from main import ARGUMENTS
+
+
+def _ignore(*_: Any) -> None:
+    """Nobody listens to a single inner loop's events here."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one inner loop gave; losses in nats per trained token."""
+
+    sizes: dict[str, int]
+    shares: dict[str, float]
+    total_tokens: int
+    reference_loss: dict[str, float]
+    test_loss: dict[str, float]
+    Q: float
+    Q_test: float
+    steps: int
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for a line of JSON."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The demo's settings, model and data, ready to train on one mixture after the other in this process."""
+
+    config: Config
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+
+    @staticmethod
+    def open() -> "Bench":
+        """The demo as configs/demo.yaml sets it; one thread and no progress bars."""
+        torch.set_num_threads(1)
+        config = with_demo(read_command(ARGUMENTS, ["--train.disable_tqdm", "true"]).config)
+        tokenizer = load_tokenizer(config.model)
+        return Bench(config, tokenizer, load_data(config.data, tokenizer, config.seed))
+
+    @property
+    def domains(self) -> list[str]:
+        """The domains in the order in which ratios are given."""
+        return list(self.data.pools)
+
+    def mixture(self, ratios: np.ndarray, seed: int, total_tokens: int | None = None) -> Mixture:
+        """The mixture of `ratios` [n]; with `total_tokens` the ratios give the proportions alone."""
+        trained_tokens = {name: pool.trained_tokens for name, pool in self.data.pools.items()}
+        return build_mixture(trained_tokens, ratios, seed=seed, round=0, total_tokens=total_tokens)
+
+    def ratios(self, by_domain: Mapping[str, float]) -> np.ndarray:
+        """[n] ratios in the order of `domains`."""
+        return np.array([by_domain[name] for name in self.domains])
+
+    def ratios_of_shares(self, shares: np.ndarray) -> np.ndarray:
+        """[n] ratios, up to a common factor, whose trained tokens have these shares [n]."""
+        return shares / np.array([int(pool.trained_tokens.sum()) for pool in self.data.pools.values()])
+
+    def run(self, mixture: Mixture, seed: int) -> Outcome:
+        """Trains the base model on `mixture` and evaluates it."""
+        pad_id = int(self.tokenizer.pad_token_id)
+        with tempfile.TemporaryDirectory() as scratch:
+            trained = train(
+                self.config.model,
+                self.config.train,
+                self.tokenizer,
+                self.data.pools,
+                mixture,
+                start=None,
+                folder=Path(scratch) / "model",
+                checkpoints=Path(scratch) / "checkpoints",
+                seed=seed,
+                log=_ignore,
+                on_step_time=_ignore,
+            )
+            model = load_model(self.config.model, Path(scratch) / "model", torch.float32)
+        losses = [
+            evaluate(model, sets, self.config.evaluation, pad_id=pad_id, description="evaluation")
+            for sets in (self.data.references, self.data.tests)
+        ]
+        reference, test = (weighted(found, self.data.weights) for found in losses)
+        assert reference is not None and test is not None, "every capability of the demo has both sets"
+        names = list(mixture.domains)
+        return Outcome(
+            sizes={name: domain.size for name, domain in mixture.domains.items()},
+            shares=dict(zip(names, mixture.shares.tolist(), strict=True)),
+            total_tokens=mixture.total_tokens,
+            reference_loss=losses[0],
+            test_loss=losses[1],
+            Q=reference,
+            Q_test=test,
+            steps=trained.steps,
+            seconds=trained.seconds,
+        )
+
+
+class Results:
+    """A JSONL file of finished jobs by key, so that the same command goes on where it was stopped."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+
+    def add(self, key: str, values: Mapping[str, Any]) -> None:
+        """Notes a finished job."""
+        self.found[key] = {"key": key, **values}
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as lines:
+            lines.write(json.dumps(self.found[key]) + "\n")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One inner loop to do: ratios [n] by domain, as they are or (with total_tokens) as proportions."""
+
+    key: str
+    ratios: dict[str, float]
+    seed: int
+    total_tokens: int | None = None
+
+
+_bench: Bench | None = None  # a worker process's own
+
+
+def _open() -> None:
+    global _bench
+    # Progress bars of workers would overwrite ours; their exceptions arrive all the same.
+    sys.stderr = Path(os.devnull).open("w")
+    _bench = Bench.open()
+
+
+def _do(job: Job) -> tuple[Job, Outcome]:
+    assert _bench is not None, "_open comes first"
+    mixture = _bench.mixture(_bench.ratios(job.ratios), job.seed, job.total_tokens)
+    return job, _bench.run(mixture, job.seed)
+
+
+class Workers:
+    """Processes that do jobs, each with the demo's model and data of its own; used as a context manager."""
+
+    def __init__(self, processes: int) -> None:
+        os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
+        self.pool = multiprocessing.get_context("spawn").Pool(processes, _open)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.terminate()
+
+    def do(self, jobs: Sequence[Job], results: Results) -> None:
+        """Does the jobs that `results` lacks and adds them there."""
+        missing = [job for job in jobs if job.key not in results.found]
+        with progress(len(missing), "inner loops", unit="run") as bar:
+            for job, outcome in self.pool.imap_unordered(_do, missing):
+                results.add(job.key, {"seed": job.seed, **outcome.to_json()})
+                bar.update()
