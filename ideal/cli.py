@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from ideal.mixers import MIXERS
 from ideal.mixture import Mixture, build_mixture
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.report import export_mixture, final_summary, load_run, render_report
-from ideal.report.tables import as_text, influence_table
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
 
@@ -67,31 +66,32 @@ def execute(command: Command) -> None:
     config = with_demo(command.config)
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
-    together(lambda: claim(folder, command))
+    together(lambda: check_folder(folder, command))
     if folder.finished and command.stage == "run":
         say(f"{folder.path}: this run is finished (--restart true starts over)\n")
         say(final_summary(load_run(folder.path)) if is_main() else "")
         return None
     run = prepare(config, folder, arguments)
+    # Only now: a run that was refused leaves no folder behind that would refuse the mended command.
+    folder.claim(dump(command.config), header(), [data_row(report) for report in run.data.reports])
     {"run": run_loop, "influence": influence_stage, "mix": mix_stage}[command.stage](run)
     return None
 
 
-def claim(folder: RunFolder, command: Command) -> None:
-    """Makes output_dir ready; raises UserError where it holds something else."""
+def check_folder(folder: RunFolder, command: Command) -> None:
+    """Raises UserError where output_dir holds something else; empties it where a restart is asked for."""
     if command.restart:
         folder.clear()
-        barrier()
     if command.stage != "run" and folder.state.is_file():
-        raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
+        raise UserError(
+            f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage"
+        )
     folder.check(dump(command.config), flat)
-    barrier()
-    folder.claim(dump(command.config), header())
 
 
 def header() -> str:
     """What made config.yaml, as comments."""
-    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"# {now}, torch {torch.__version__}, transformers {transformers.__version__}\n"
 
 
@@ -104,10 +104,11 @@ def with_demo(config: Config) -> Config:
         path.name: CapabilityConfig(reference=str(path / "reference.jsonl"), test=str(path / "test.jsonl"))
         for path in sorted(parts.capabilities.iterdir())
     }
+    capabilities |= config.data.capabilities
     return replace(
         config,
         model=replace(config.model, name_or_path=str(parts.base_model)),
-        data=replace(config.data, domains=str(parts.domains), capabilities=capabilities | config.data.capabilities),
+        data=replace(config.data, domains=str(parts.domains), capabilities=capabilities),
     )
 
 
@@ -118,7 +119,6 @@ def prepare(config: Config, folder: RunFolder, arguments: transformers.TrainingA
     data = load_data(config.data, tokenizer, config.seed)
     ratios = together(lambda: start_ratios(config, data))
     run = Run(config, folder, tokenizer, data, ratios, arguments)
-    write_json(folder.data, [data_row(report) for report in data.reports])
     say(report_table(data.reports, data.notes) + "\n")
     for name, pool in data.pools.items():
         say(f"first example of {name} (> trained, | masked):\n{show_example(pool, 0, tokenizer, 300)}\n")
@@ -170,7 +170,9 @@ def check_mixture(mixture: Mixture) -> None:
     """Raises UserError where only one domain is trained on: there is nothing to mix."""
     used = [name for name, domain in mixture.domains.items() if domain.size]
     if len(used) < 2:
-        raise UserError(f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed")
+        raise UserError(
+            f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed"
+        )
 
 
 def influence_stage(run: Run) -> None:
@@ -180,7 +182,8 @@ def influence_stage(run: Run) -> None:
         influence = estimate_influence(run, model, mixture)
     content = influence_json(run, influence)
     write_json(run.folder.path / "influence.json", content)
-    table = influence_csv(influence.capabilities, influence.domains, influence.matrix, content["objective_free"])
+    names = (influence.capabilities, influence.domains)
+    table = influence_csv(*names, influence.matrix, content["objective_free"])
     write_text(run.folder.path / "influence.csv", table)
     if is_main():
         say(f"influence M[r, j] = dL_r / dbeta_j, free form; negative: more of j lowers r's loss\n\n{table}")

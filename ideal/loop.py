@@ -225,7 +225,7 @@ def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> In
 
 
 def influence_json(run: Run, influence: Influence) -> dict[str, Any]:
-    """The content of influence.json (DESIGN 5), with w^T M in both forms."""
+    """The content of influence.json, with w^T M in both forms."""
     weights = np.array([run.data.weights[name] for name in influence.capabilities])
     fixed = fixed_form(influence.matrix, influence.shares)
     free_objective, fixed_objective = objective(influence.matrix, weights), objective(fixed, weights)

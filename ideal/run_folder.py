@@ -1,4 +1,4 @@
-"""The files of a run (DESIGN 5): where they lie, written atomically, fingerprinted, resumed.
+"""The files of a run: where they lie, written atomically, fingerprinted, resumed.
 
 Only this module knows the paths. Every file appears whole under its name or not at all, so what is there tells
 which phases are finished, and the same command continues behind the last one.
@@ -121,8 +121,10 @@ class RoundFolder:
         """The Trainer's own checkpoints while the inner loop runs."""
         return self.path / "checkpoints"
 
-    def write_influence_csv(self, capabilities: list[str], domains: list[str], rows: Any, objective: Any) -> None:
-        """influence.csv: M in its free form, a row per capability, and w^T M as the row "objective"."""
+    def write_influence_csv(
+        self, capabilities: list[str], domains: list[str], rows: Any, objective: Any
+    ) -> None:
+        """influence.csv: M in its free form, a row per capability; w^T M as the row "objective"."""
         write_text(self.path / "influence.csv", influence_csv(capabilities, domains, rows, objective))
 
     def finish(self) -> None:
@@ -163,10 +165,12 @@ class RunFolder:
         """Whether the run has come to its end."""
         return self.state.is_file() and bool(read_json(self.state).get("finished"))
 
-    def log(self, phase: str, values: Mapping[str, Any], *, round: int | None = None, step: int | None = None) -> None:
+    def log(
+        self, phase: str, values: Mapping[str, Any], *, round: int | None = None, step: int | None = None
+    ) -> None:
         """Adds one event to metrics.jsonl, on rank 0 alone."""
         if is_main():
-            event = {"time": time.time(), "round": round, "phase": phase, "step": step, "values": dict(values)}
+            event = {"time": time.time(), "round": round, "phase": phase, "step": step, "values": {**values}}
             self.path.mkdir(parents=True, exist_ok=True)
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
@@ -180,13 +184,14 @@ class RunFolder:
                 f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
             )
 
-    def claim(self, config: dict[str, Any], header: str) -> None:
-        """Writes config.yaml, and opens a finished run again where it may now take more outer steps."""
+    def claim(self, config: dict[str, Any], header: str, data: list[dict[str, Any]]) -> None:
+        """Writes config.yaml and data.json; a finished run that may now take more outer steps is open again."""
         if is_main() and self.config.is_file() and self.finished:
             before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
             if before["mixing"]["rounds"] < config["mixing"]["rounds"]:
                 write_json(self.state, {**read_json(self.state), "finished": False})
         write_text(self.config, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        write_json(self.data, data)
 
     def _compare(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         try:
@@ -212,7 +217,9 @@ class RunFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():
-            raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
+            raise UserError(
+                f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted"
+            )
         if is_main():
             ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
             for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
