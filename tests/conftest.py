@@ -1,0 +1,25 @@
+"""For all tests: one thread each, a data cache of their own, and no way to the hub."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Before torch and datasets are imported, here and in the processes that tests start.
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keeps the tests' data out of the user's cache, in started processes too."""
+    import datasets
+    import torch
+
+    torch.set_num_threads(1)
+    cache = tmp_path_factory.mktemp("datasets_cache")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)
+    datasets.config.HF_DATASETS_CACHE = cache
+    datasets.disable_progress_bars()
