@@ -81,7 +81,9 @@ def execute(command: Command) -> None:
 def check_folder(folder: RunFolder, command: Command) -> None:
     """Raises UserError where output_dir holds something else; empties it where a restart is asked for."""
     if command.restart:
-        folder.clear()
+        if is_main():
+            folder.clear()
+        return
     if command.stage != "run" and folder.state.is_file():
         raise UserError(
             f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage"

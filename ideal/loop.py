@@ -116,16 +116,25 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
     if run.config.mixing.budget == "fixed":
         total = int(read_json(run.folder.round(0).mixture)["total_tokens"])
     return build_mixture(
-        run.trained_tokens, step.ratios, seed=run.config.seed, round=number, beta=step.beta, total_tokens=total
+        run.trained_tokens,
+        step.ratios,
+        seed=run.config.seed,
+        round=number,
+        beta=step.beta,
+        total_tokens=total,
     )
 
 
 def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
     """The inner loop, unless its model or everything that follows from it is there."""
-    needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
+    needs_model = not exists(here.evaluation) or (
+        needs_influence(run, here) and find_model(run, here) is None
+    )
     if exists(here.model) or not needs_model:
         return
-    say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
+    say(
+        f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens"
+    )
     epochs = float(run.config.train.arguments.get("num_train_epochs", 3.0))
     for name, domain in mixture.domains.items():
         if run.config.train.max_steps is None and domain.ratio * epochs > MANY_EPOCHS and domain.ratio > 1:
@@ -281,7 +290,7 @@ def stop_reason(run: Run, number: int) -> str | None:
 
 def best_round(run: Run) -> int:
     """The finished round of lowest Q on the reference sets, the earliest of equal ones."""
-    losses = []
+    losses: list[float] = []
     while run.folder.round(len(losses)).evaluation.is_file():
         losses.append(read_json(run.folder.round(len(losses)).evaluation)["Q"])
     return int(np.argmin(losses))
@@ -333,7 +342,9 @@ def finish_run(run: Run, reason: str) -> None:
         write_json(run.folder.mixture, content)
         counts = {
             name: domain.counts
-            for name, domain in mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed).domains.items()
+            for name, domain in mixture_of_sizes(
+                run.trained_tokens, content, seed=run.config.seed
+            ).domains.items()
         }
         export_mixture(run.folder.path, run.data.pools, counts)
         write_json(run.folder.state, {"finished": True, "reason": reason, "best_round": best,
@@ -348,7 +359,9 @@ def place_model(run: Run, source: Path | None) -> None:
     keep_all = run.config.keep_models == "all"
     if source is not None and source != run.folder.model:
         if run.config.model.lora.rank:
-            write_atomically(run.folder.model, lambda p: merge_adapters(run.config.model, source, run.tokenizer, p))
+            write_atomically(
+                run.folder.model, lambda p: merge_adapters(run.config.model, source, run.tokenizer, p)
+            )
         elif keep_all:
             write_atomically(run.folder.model, lambda part: _link_tree(source, part))
         else:

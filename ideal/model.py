@@ -9,7 +9,13 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from pydantic import Field
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ideal.errors import UserError
 from ideal.settings import STRICT
@@ -79,7 +85,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     tokenizer = _load(AutoTokenizer.from_pretrained, config, "tokenizer")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"model.name_or_path: the tokenizer of {config.name_or_path} has no end token (eos_token)")
+        raise UserError(
+            f"model.name_or_path: the tokenizer of {config.name_or_path} has no end token (eos_token)"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -155,10 +163,12 @@ def save_model(
     tokenizer.save_pretrained(str(folder))
 
 
-def merge_adapters(config: ModelConfig, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def merge_adapters(
+    config: ModelConfig, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     """Writes the base model with the adapters of `checkpoint` added to its weights, loadable by itself."""
     dtype = stored_dtype(config)
     model = load_model(config, checkpoint, torch.float32)
     assert isinstance(model, PeftModel)
-    merged = model.merge_and_unload()  # type: ignore[operator]
+    merged = model.merge_and_unload()
     save_model(merged, tokenizer, folder, dtype)

@@ -220,8 +220,7 @@ class RunFolder:
             raise UserError(
                 f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted"
             )
-        if is_main():
-            ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
-            for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
-                for path in self.path.glob(pattern):
-                    remove(path)
+        ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
+        for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
+            for path in self.path.glob(pattern):
+                remove(path)

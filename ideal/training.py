@@ -179,7 +179,13 @@ class RoundRows(Dataset):
     """
 
     def __init__(
-        self, pools: Mapping[str, ExampleSet], mixture: Mixture, plan: RoundPlan, global_batch: int, pad_id: int, seed: int
+        self,
+        pools: Mapping[str, ExampleSet],
+        mixture: Mixture,
+        plan: RoundPlan,
+        global_batch: int,
+        pad_id: int,
+        seed: int,
     ) -> None:
         self.pools, self.mixture, self.plan, self.seed = pools, mixture, plan, seed
         self.global_batch = global_batch
@@ -203,13 +209,16 @@ class InnerLoopTrainer(Trainer):
     """Trainer that takes the rows as they come."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(train_dataset if train_dataset is not None else self.train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return SequentialSampler(rows)
 
 
 class StepLog(TrainerCallback):
     """Hands the Trainer's logs on, and says once how long the round will take."""
 
-    def __init__(self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]) -> None:
+    def __init__(
+        self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]
+    ) -> None:
         self.log, self.on_step_time = log, on_step_time
         self.started = 0.0
 
@@ -223,7 +232,9 @@ class StepLog(TrainerCallback):
         if state.global_step == 6 and self.started:
             self.on_step_time((time.monotonic() - self.started) / 5)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
         """Hands on the numbers of one log event."""
         if logs:
             self.log(state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
@@ -268,7 +279,9 @@ def train(
     Raises UserError when the loss is not finite any more.
     """
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
-    set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
+    set_seed(
+        round_seed
+    )  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
     plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
     arguments.max_steps = plan.steps
@@ -289,13 +302,21 @@ def train(
     if not arguments.disable_tqdm:
         trainer.add_callback(QuietProgress())
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     _check_loss(losses, config)
     _check_equal_weights(trainer)
     state = trainer.accelerator.get_state_dict(trainer.model)
     if is_main():
-        save_model(trainer.accelerator.unwrap_model(trainer.model), tokenizer, folder, stored_dtype(model_config), state)
+        save_model(
+            trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer,
+            folder,
+            stored_dtype(model_config),
+            state,
+        )
     trainer.accelerator.free_memory()
     return TrainingOutcome(plan.steps, losses[-1] if losses else None, time.monotonic() - started)
 
@@ -312,14 +333,7 @@ def _check_equal_weights(trainer: Trainer) -> None:
     """All ranks must hold the same weights after training (a Trainer whose DDP is off drifts without a word)."""
     if world_size() == 1 or trainer.is_fsdp_enabled:
         return
+    assert trainer.model is not None
     sums = [parameter.detach().double().sum().item() for parameter in trainer.model.parameters()]
     if any(other != sums for other in all_gather_objects(sums)):
         raise RuntimeError("the ranks' weights differ after training: gradients were not averaged over them")
-
-
-def describe(arguments: TrainingArguments, plan: RoundPlan) -> str:
-    """The inner loop in words, for the start of a run."""
-    return (
-        f"{plan.steps} optimizer steps of {arguments.per_device_train_batch_size} sequences x {world_size()} "
-        f"process(es) x {arguments.gradient_accumulation_steps} accumulation"
-    )

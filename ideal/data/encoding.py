@@ -163,7 +163,7 @@ class Encoder:
     def fingerprint(self) -> str:
         """Changes with anything that the encoded tokens depend on, this code included."""
         code = [Path(module).read_bytes() for module in (__file__, formats.__file__)]
-        rules = self.tokenizer.backend_tokenizer.to_str()  # type: ignore[attr-defined]
+        rules = self.tokenizer.backend_tokenizer.to_str()
         return Hasher.hash((code, rules, self.template, self.tokenizer.special_tokens_map, self.max_length))
 
     def render(self, messages: list[Message], prompt: bool = False) -> str:

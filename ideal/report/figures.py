@@ -206,7 +206,7 @@ def _heat(figure: Figure, axes: Axes, values: np.ndarray, rows: list[str]) -> No
             axes.text(j, r, _signed(value), ha="center", va="center", color=ink, fontsize=9)
     if values.shape[0] > 1:
         bar = figure.colorbar(image, ax=axes, shrink=0.95, pad=0.02)
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8)
 
 
