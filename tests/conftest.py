@@ -1,15 +1,17 @@
 """For all tests: one thread each, a data cache of their own, and no way to the hub."""
 
 import os
-from pathlib import Path
 
+import hypothesis
 import pytest
-
-ROOT = Path(__file__).parents[1]
 
 # Before torch and datasets are imported, here and in the processes that tests start.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+
+# The same examples in every run, and no deadline: others may use the machine too.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

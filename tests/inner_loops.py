@@ -56,7 +56,9 @@ class Bigram(PreTrainedModel):
         self.table = nn.Embedding(VOCABULARY, VOCABULARY)
         self.post_init()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: Any = None, labels: Any = None) -> Any:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: Any = None, labels: Any = None, **_: Any
+    ) -> CausalLMOutput:
         return CausalLMOutput(logits=self.table(input_ids))
 
 
