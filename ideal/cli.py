@@ -85,9 +85,7 @@ def check_folder(folder: RunFolder, command: Command) -> None:
             folder.clear()
         return
     if command.stage != "run" and folder.state.is_file():
-        raise UserError(
-            f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage"
-        )
+        raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
     folder.check(dump(command.config), flat)
 
 
@@ -172,9 +170,7 @@ def check_mixture(mixture: Mixture) -> None:
     """Raises UserError where only one domain is trained on: there is nothing to mix."""
     used = [name for name, domain in mixture.domains.items() if domain.size]
     if len(used) < 2:
-        raise UserError(
-            f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed"
-        )
+        raise UserError(f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed")
 
 
 def influence_stage(run: Run) -> None:

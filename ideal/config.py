@@ -132,9 +132,7 @@ def _check_across_groups(config: Config) -> None:
         )
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"
-        raise UserError(
-            f"{missing}: not given; give both it and the other (or neither, for the embedded demo)"
-        )
+        raise UserError(f"{missing}: not given; give both it and the other (or neither, for the embedded demo)")
 
 
 def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
@@ -157,9 +155,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
                 value = words.pop(0)
         if key in OPTIONS:
             options[key] = value
-        elif key in known or key.startswith(
-            ("train.", "data.domains.", "data.capabilities.", "mixing.ratios.")
-        ):
+        elif key in known or key.startswith(("train.", "data.domains.", "data.capabilities.", "mixing.ratios.")):
             given[key] = _value(value)
         else:
             raise UserError(unknown_key(key))
@@ -209,9 +205,7 @@ def _nested(flat: Mapping[Any, Any], prefix: str = "") -> Tree:
         if isinstance(value, Mapping):
             value = _nested(value, f"{prefix}.{head}".lstrip("."))
         tree[head] = (
-            _merge(tree[head], value)
-            if isinstance(tree.get(head), dict) and isinstance(value, dict)
-            else value
+            _merge(tree[head], value) if isinstance(tree.get(head), dict) and isinstance(value, dict) else value
         )
     return tree
 
@@ -221,9 +215,7 @@ def _merge(base: Tree, over: Tree, replace: Sequence[str] = (), prefix: str = ""
     for key, value in over.items():
         path = f"{prefix}{key}"
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = (
-            _merge(merged[key], value, replace, f"{path}.") if both and path not in replace else value
-        )
+        merged[key] = _merge(merged[key], value, replace, f"{path}.") if both and path not in replace else value
     return merged
 
 
@@ -245,9 +237,7 @@ def _with_command_line(tree: Tree, given: Tree) -> Tree:
             if isinstance(domains, str) or isinstance(_get(tree, f"data.domains.{name}"), str):
                 resolved = resolve_domains(DataConfig(domains=domains))
                 # Written out, so that the one key can be put beside the others.
-                tree = _merge(
-                    tree, {"data": {"domains": {n: dataclasses.asdict(d) for n, d in resolved.items()}}}
-                )
+                tree = _merge(tree, {"data": {"domains": {n: dataclasses.asdict(d) for n, d in resolved.items()}}})
         tree = _merge(tree, _chain(key.split("."), value))
     return tree
 
@@ -269,11 +259,7 @@ def _explain(error: ValidationError, tree: Tree) -> str:
     message = message[0].lower() + message[1:]
     if detail["type"] == "missing":
         return f"{key}.{detail['loc'][-1]}: is missing"
-    shown = (
-        ""
-        if isinstance(detail["input"], dict) or detail["type"] == "value_error"
-        else f"{detail['input']!r}: "
-    )
+    shown = "" if isinstance(detail["input"], dict) or detail["type"] == "value_error" else f"{detail['input']!r}: "
     return f"{key}: {shown}{message}"
 
 
@@ -354,9 +340,7 @@ def help_text(defaults: Mapping[str, Any]) -> str:
         shown = "none" if default is None else default if default != "" else "''"
         lines.append(f"  --{key}  ({kind}; default {shown})\n      {meaning}")
     lines.append("  --train.NAME\n      any of transformers.TrainingArguments by its own name:")
-    lines.append(
-        "      https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
-    )
+    lines.append("      https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments")
     return "\n".join(lines)
 
 

@@ -46,9 +46,7 @@ def say(text: str = "") -> None:
 
 def progress(total: int, description: str, unit: str = "batch") -> "tqdm[Any]":
     """A progress bar with an estimate, on rank 0 alone; call `.update()`, use as a context manager."""
-    return tqdm(
-        total=total, desc=description, unit=unit, disable=not is_main(), dynamic_ncols=True, leave=False
-    )
+    return tqdm(total=total, desc=description, unit=unit, disable=not is_main(), dynamic_ncols=True, leave=False)
 
 
 def all_reduce_(tensor: torch.Tensor) -> torch.Tensor:

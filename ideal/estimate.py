@@ -52,11 +52,7 @@ def estimate(config: Config, data: Data, mixture: Mixture, arguments: TrainingAr
         f" ({arguments.per_device_train_batch_size} per process x {world_size()} process(es)"
         f" x {arguments.gradient_accumulation_steps} accumulation)",
         f"round 0: {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens per epoch"
-        + (
-            "; later rounds hold as many tokens"
-            if config.mixing.budget == "fixed"
-            else "; later rounds may differ"
-        ),
+        + ("; later rounds hold as many tokens" if config.mixing.budget == "fixed" else "; later rounds may differ"),
         f"memory per process: training about {gigabytes(held / shards)} and activations"
         f" ({parameters / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M trained)",
     ]

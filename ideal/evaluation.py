@@ -51,9 +51,7 @@ def evaluate(
             for rows in batches[name]:
                 batch = collate([examples[int(row)] for row in rows], pad_id)
                 labels = batch.pop("labels").to(device)
-                logits = model(
-                    **{key: value.to(device) for key, value in batch.items()}, use_cache=False
-                ).logits
+                logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
                 sums[index, 0] += summed_token_loss(logits, labels)
                 sums[index, 1] += int(examples.trained_tokens[rows].sum())
                 bar.update()

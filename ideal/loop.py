@@ -25,7 +25,7 @@ from ideal.model import DTYPES, load_model, merge_adapters
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
 from ideal.report.tables import duration
 from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
-from ideal.training import train
+from ideal.training import RoundPlan, train
 
 MANY_EPOCHS = 4
 """Passes over the same example beyond which repeats are worth little (Muennighoff et al. 2023)."""
@@ -101,13 +101,27 @@ def evaluate_base(run: Run) -> dict[str, Any]:
 def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], step: Step | None) -> Mixture:
     """This round's mixture: as written before, else the start's or the one that the last step leads to."""
     if exists(here.mixture):
-        return mixture_of_sizes(run.trained_tokens, read_json(here.mixture), seed=run.config.seed)
+        mixture = mixture_of_sizes(run.trained_tokens, read_json(here.mixture), seed=run.config.seed)
+        warn_of_repeats(run, mixture)
+        return mixture
     if step is None:
         mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
     else:
         mixture = next_mixture(run, here.number, step)
     write_json(here.mixture, mixture.to_json())
+    warn_of_repeats(run, mixture)
     return mixture
+
+
+def warn_of_repeats(run: Run, mixture: Mixture) -> None:
+    """Warns of domains whose examples are seen so often in one round that it is worth little."""
+    epochs = RoundPlan.of(mixture.total_rows, mixture.total_tokens, run.config.train).epochs
+    for name, domain in mixture.domains.items():
+        if domain.ratio > 1 and domain.ratio * epochs > MANY_EPOCHS:
+            run.warn(
+                f"{name}: each example is seen {domain.ratio * epochs:.1f} times in a round; "
+                f"beyond about {MANY_EPOCHS}, repeats are worth little"
+            )
 
 
 def next_mixture(run: Run, number: int, step: Step) -> Mixture:
@@ -127,19 +141,10 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
 
 def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
     """The inner loop, unless its model or everything that follows from it is there."""
-    needs_model = not exists(here.evaluation) or (
-        needs_influence(run, here) and find_model(run, here) is None
-    )
+    needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
     if exists(here.model) or not needs_model:
         return
-    say(
-        f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens"
-    )
-    epochs = float(run.config.train.arguments.get("num_train_epochs", 3.0))
-    for name, domain in mixture.domains.items():
-        if run.config.train.max_steps is None and domain.ratio * epochs > MANY_EPOCHS and domain.ratio > 1:
-            run.warn(f"{name}: each example is seen {domain.ratio * epochs:.1f} times in a round; beyond about "
-                     f"{MANY_EPOCHS}, repeats are worth little")  # fmt: skip
+    say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
     partial = here.path / "model.part"
     if is_main():
         remove(partial)
@@ -182,13 +187,25 @@ def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
         write_json(here.evaluation, evaluation)
         barrier()
     evaluation = dict(read_json(here.evaluation))
-    training_loss = read_json(here.training)["training_loss"] if here.training.is_file() else None
-    if training_loss is not None and training_loss < MEMORISED * evaluation["Q"]:
-        run.warn(
-            f"round {here.number}: the training loss ({training_loss:.3f}) is far below Q ({evaluation['Q']:.3f}); "
-            "training gradients vanish there and a domain's own influence can change its sign: train for fewer epochs"
-        )
+    if here.training.is_file():
+        warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
+
+
+def warn_if_memorised(run: Run, here: RoundFolder, reference: dict[str, float]) -> None:
+    """Warns where the training loss is far below the reference losses of the same domains, by their shares."""
+    domains = read_json(here.mixture)["domains"]
+    share = {name: domain["share"] for name, domain in domains.items() if name in reference and domain["share"]}
+    training_loss = read_json(here.training)["training_loss"]
+    if training_loss is None or not share:
+        return
+    expected = sum(share[name] * reference[name] for name in share) / sum(share.values())
+    if training_loss < MEMORISED * expected:
+        run.warn(
+            f"round {here.number}: the training loss ({training_loss:.3f}) is far below the reference loss of what it "
+            f"trains on ({expected:.3f}); training gradients vanish there, and a domain's influence on its own "
+            "capability can change its sign: train for fewer epochs"
+        )
 
 
 def evaluate_model(run: Run, model: torch.nn.Module, description: str) -> dict[str, Any]:
@@ -216,9 +233,7 @@ def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndar
         with loaded_model(run, here) as model:
             influence = estimate_influence(run, model, mixture)
         content = influence_json(run, influence)
-        here.write_influence_csv(
-            influence.capabilities, influence.domains, influence.matrix, content["objective_free"]
-        )
+        here.write_influence_csv(influence.capabilities, influence.domains, influence.matrix, content["objective_free"])
         write_json(here.influence, content)
         run.folder.log("influence", {"seconds": sum(influence.seconds.values())}, round=here.number)
         barrier()
@@ -227,9 +242,7 @@ def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndar
 
 def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> Influence:
     """The influence of the mixture's domains at `model`."""
-    samples = {
-        name: DomainSample(run.data.pools[name], domain.counts) for name, domain in mixture.domains.items()
-    }
+    samples = {name: DomainSample(run.data.pools[name], domain.counts) for name, domain in mixture.domains.items()}
     return compute_influence(model, samples, run.data.references, run.config.influence, run.config.seed)
 
 
@@ -342,9 +355,7 @@ def finish_run(run: Run, reason: str) -> None:
         write_json(run.folder.mixture, content)
         counts = {
             name: domain.counts
-            for name, domain in mixture_of_sizes(
-                run.trained_tokens, content, seed=run.config.seed
-            ).domains.items()
+            for name, domain in mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed).domains.items()
         }
         export_mixture(run.folder.path, run.data.pools, counts)
         write_json(run.folder.state, {"finished": True, "reason": reason, "best_round": best,
@@ -359,9 +370,7 @@ def place_model(run: Run, source: Path | None) -> None:
     keep_all = run.config.keep_models == "all"
     if source is not None and source != run.folder.model:
         if run.config.model.lora.rank:
-            write_atomically(
-                run.folder.model, lambda p: merge_adapters(run.config.model, source, run.tokenizer, p)
-            )
+            write_atomically(run.folder.model, lambda p: merge_adapters(run.config.model, source, run.tokenizer, p))
         elif keep_all:
             write_atomically(run.folder.model, lambda part: _link_tree(source, part))
         else:

@@ -146,17 +146,13 @@ def build_mixture(
     return Mixture(round, domains, dict(zip(names, map(float, steps), strict=True)))
 
 
-def mixture_of_sizes(
-    trained_tokens: Mapping[str, np.ndarray], content: Mapping[str, Any], *, seed: int
-) -> Mixture:
+def mixture_of_sizes(trained_tokens: Mapping[str, np.ndarray], content: Mapping[str, Any], *, seed: int) -> Mixture:
     """The mixture that a mixture.json of the same data describes, row for row."""
     domains = {}
     for name, tokens in trained_tokens.items():
         counts = counts_of(row_order(seed, name, len(tokens)), int(content["domains"][name]["size"]))
         domains[name] = DomainMixture(counts, int(counts @ tokens))
-    return Mixture(
-        content["round"], domains, {name: content["domains"][name]["beta"] for name in trained_tokens}
-    )
+    return Mixture(content["round"], domains, {name: content["domains"][name]["beta"] for name in trained_tokens})
 
 
 def round_half_up(value: float) -> int:
@@ -171,6 +167,4 @@ def training_rows(mixture: Mixture, seed: int, epoch: int) -> list[tuple[str, in
         for name, domain in mixture.domains.items()
         for row in np.repeat(np.arange(domain.pool), domain.counts)
     ]
-    return [
-        entries[i] for i in generator(seed, mixture.round, epoch, "training order").permutation(len(entries))
-    ]
+    return [entries[i] for i in generator(seed, mixture.round, epoch, "training order").permutation(len(entries))]

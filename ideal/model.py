@@ -64,9 +64,7 @@ def _load(load: Callable[..., Loaded], config: ModelConfig, what: str, **options
     if Path(source).expanduser().exists() and not Path(source).is_dir():
         raise UserError(f"model.name_or_path: {source} is a file; give the model's folder or hub name")
     try:
-        return load(
-            source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options
-        )
+        return load(source, revision=config.revision or "main", trust_remote_code=config.trust_remote_code, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(f"model.name_or_path: no {what} could be loaded from {source!r}: {reason}") from error
@@ -85,9 +83,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         )
     tokenizer = _load(AutoTokenizer.from_pretrained, config, "tokenizer")
     if tokenizer.eos_token_id is None:
-        raise UserError(
-            f"model.name_or_path: the tokenizer of {config.name_or_path} has no end token (eos_token)"
-        )
+        raise UserError(f"model.name_or_path: the tokenizer of {config.name_or_path} has no end token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -163,9 +159,7 @@ def save_model(
     tokenizer.save_pretrained(str(folder))
 
 
-def merge_adapters(
-    config: ModelConfig, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> None:
+def merge_adapters(config: ModelConfig, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Writes the base model with the adapters of `checkpoint` added to its weights, loadable by itself."""
     dtype = stored_dtype(config)
     model = load_model(config, checkpoint, torch.float32)

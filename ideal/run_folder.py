@@ -121,9 +121,7 @@ class RoundFolder:
         """The Trainer's own checkpoints while the inner loop runs."""
         return self.path / "checkpoints"
 
-    def write_influence_csv(
-        self, capabilities: list[str], domains: list[str], rows: Any, objective: Any
-    ) -> None:
+    def write_influence_csv(self, capabilities: list[str], domains: list[str], rows: Any, objective: Any) -> None:
         """influence.csv: M in its free form, a row per capability; w^T M as the row "objective"."""
         write_text(self.path / "influence.csv", influence_csv(capabilities, domains, rows, objective))
 
@@ -165,9 +163,7 @@ class RunFolder:
         """Whether the run has come to its end."""
         return self.state.is_file() and bool(read_json(self.state).get("finished"))
 
-    def log(
-        self, phase: str, values: Mapping[str, Any], *, round: int | None = None, step: int | None = None
-    ) -> None:
+    def log(self, phase: str, values: Mapping[str, Any], *, round: int | None = None, step: int | None = None) -> None:
         """Adds one event to metrics.jsonl, on rank 0 alone."""
         if is_main():
             event = {"time": time.time(), "round": round, "phase": phase, "step": step, "values": {**values}}
@@ -217,9 +213,7 @@ class RunFolder:
         if not self.path.exists() or not any(self.path.iterdir()):
             return
         if not self.config.is_file():
-            raise UserError(
-                f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted"
-            )
+            raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
         ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
         for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
             for path in self.path.glob(pattern):

@@ -64,6 +64,8 @@ NOT_FOR_USERS = {
     "deepspeed": "use train.fsdp",
     "local_rank": "torchrun sets it",
 }
+# Log events whose mean is the training loss at the end: one alone is noisy.
+LAST_LOGS = 10
 # fsdp is annotated as a string, and True is what its own documentation asks for.
 WIDER_TYPES: dict[str, Any] = {"fsdp": bool | str | None}
 
@@ -163,6 +165,11 @@ class RoundPlan:
     steps: int
     tokens_per_step: float
 
+    @property
+    def epochs(self) -> float:
+        """How often each row of the mixture is seen."""
+        return self.steps / self.steps_per_epoch
+
     @staticmethod
     def of(rows: int, trained_tokens: int, config: TrainConfig) -> "RoundPlan":
         """The plan for an epoch of `rows` examples holding `trained_tokens`."""
@@ -218,9 +225,7 @@ class InnerLoopTrainer(Trainer):
 class StepLog(TrainerCallback):
     """Hands the Trainer's logs on, and says once how long the round will take."""
 
-    def __init__(
-        self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]
-    ) -> None:
+    def __init__(self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]) -> None:
         self.log, self.on_step_time = log, on_step_time
         self.started = 0.0
 
@@ -234,9 +239,7 @@ class StepLog(TrainerCallback):
         if state.global_step == 6 and self.started:
             self.on_step_time((time.monotonic() - self.started) / 5)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Hands on the numbers of one log event."""
         if logs:
             self.log(state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
@@ -281,9 +284,7 @@ def train(
     Raises UserError when the loss is not finite any more.
     """
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
-    set_seed(
-        round_seed
-    )  # before the model, so that new adapters are the same on every rank and in every rerun
+    set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
     plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
     arguments.max_steps = plan.steps
@@ -304,9 +305,7 @@ def train(
     if not arguments.disable_tqdm:
         trainer.add_callback(QuietProgress())
     started = time.monotonic()
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     _check_loss(losses, config)
     _check_equal_weights(trainer)
@@ -320,15 +319,17 @@ def train(
             state,
         )
     trainer.accelerator.free_memory()
-    return TrainingOutcome(plan.steps, losses[-1] if losses else None, time.monotonic() - started)
+    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started)
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def _check_loss(losses: list[float], config: TrainConfig) -> None:
     if losses and not math.isfinite(losses[-1]):
         rate = config.arguments.get("learning_rate", TRAINER_KEYS["learning_rate"].default)
-        raise UserError(
-            f"train.learning_rate: the training loss is not finite any more; {rate} is probably too high"
-        )
+        raise UserError(f"train.learning_rate: the training loss is not finite any more; {rate} is probably too high")
 
 
 def _check_equal_weights(trainer: Trainer) -> None:
