@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -30,6 +31,9 @@ from ideal.report import export_mixture, final_summary, load_run, render_report
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
 
+SECONDS_BEFORE_OTHERS_SPEAK = 20
+"""torchrun ends all ranks when one has failed: rank 0 must have said its line, and then no other needs to."""
+
 
 def main(defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
     """Runs what `argv` asks for over main.py's `defaults`; the exit status: 2 after a user's mistake."""
@@ -41,8 +45,9 @@ def main(defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
     try:
         execute(read_command(defaults, argv))
     except UserError as error:
-        if is_main():
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if not is_main():
+            time.sleep(SECONDS_BEFORE_OTHERS_SPEAK)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if dist.is_initialized():

@@ -3,6 +3,7 @@
 The process group itself is accelerate's (`PartialState`), so that the Trainer and we share one.
 """
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +34,8 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Whether this is the process that talks and writes files."""
-    return rank() == 0
+    """Whether this is the process that talks and writes files; torchrun says so before ranks know each other."""
+    return rank() == 0 if is_initialized() else os.environ.get("RANK", "0") == "0"
 
 
 def say(text: str = "") -> None:
