@@ -398,14 +398,20 @@ def loaded_model(run: Run, here: RoundFolder | None) -> Iterator[torch.nn.Module
     """The base model (None) or a round's, unwrapped, on this process's device, gone afterwards."""
     checkpoint = None if here is None else find_model(run, here)
     dtype = run.config.train.compute_dtype or DTYPES[run.config.model.dtype]
+    free_device_memory()  # of what the inner loop held
     model = load_model(run.config.model, checkpoint, dtype).to(run.arguments.device)  # type: ignore[arg-type]
     try:
         yield model
     finally:
         del model
-        gc.collect()
-        if torch.accelerator.is_available():
-            torch.accelerator.empty_cache()
+        free_device_memory()
+
+
+def free_device_memory() -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()
 
 
 def exists(path: Path) -> bool:

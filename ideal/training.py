@@ -64,6 +64,8 @@ NOT_FOR_USERS = {
     "deepspeed": "use train.fsdp",
     "local_rank": "torchrun sets it",
 }
+# How long ranks wait for each other: rank 0 encodes the data, saves models and draws the report alone.
+PATIENCE_SECONDS = 4 * 3600
 # Log events whose mean is the training loss at the end: one alone is noisy.
 LAST_LOGS = 10
 # fsdp is annotated as a string, and True is what its own documentation asks for.
@@ -124,6 +126,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
     given.setdefault("per_device_train_batch_size", min(8, config.global_batch_size))
     given.setdefault("logging_steps", 10)
     given.setdefault("save_strategy", "no")
+    given.setdefault("ddp_timeout", PATIENCE_SECONDS)
     given.setdefault("disable_tqdm", False)  # quiet libraries would mean no bar
     given.setdefault("ddp_find_unused_parameters", False)  # a search at every step, for nothing
     given.setdefault("dataloader_pin_memory", not given["use_cpu"])
