@@ -72,7 +72,7 @@ def execute(command: Command) -> None:
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
     together(lambda: check_folder(folder, command))
-    if folder.finished and command.stage == "run":
+    if command.stage == "run" and folder.finished and not folder.grows(dump(command.config)):
         say(f"{folder.path}: this run is finished (--restart true starts over)\n")
         say(final_summary(load_run(folder.path)) if is_main() else "")
         return None

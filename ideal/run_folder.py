@@ -180,12 +180,15 @@ class RunFolder:
                 f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
             )
 
+    def grows(self, config: dict[str, Any]) -> bool:
+        """Whether `config` asks for more outer steps than the run that is here did."""
+        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        return bool(before["mixing"]["rounds"] < config["mixing"]["rounds"])
+
     def claim(self, config: dict[str, Any], header: str, data: list[dict[str, Any]]) -> None:
         """Writes config.yaml and data.json; a finished run that may now take more outer steps is open again."""
-        if is_main() and self.config.is_file() and self.finished:
-            before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
-            if before["mixing"]["rounds"] < config["mixing"]["rounds"]:
-                write_json(self.state, {**read_json(self.state), "finished": False})
+        if is_main() and self.finished and self.grows(config):
+            write_json(self.state, {**read_json(self.state), "finished": False})
         write_text(self.config, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.data, data)
 
