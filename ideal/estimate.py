@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from ideal.config import Config
@@ -24,11 +23,10 @@ LITTLE_ROOM = 1.1
 
 def empty_model(config: Config) -> torch.nn.Module:
     """The model's layers without their weights, adapters included."""
-    with init_empty_weights(include_buffers=False):
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             checkpoint_config(config.model), trust_remote_code=config.model.trust_remote_code
         )
-        model.tie_weights()  # so that tied embeddings count once
         return with_adapters(model, config.model.lora)
 
 
