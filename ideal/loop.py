@@ -142,16 +142,23 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
 def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
     """The inner loop, unless its model or everything that follows from it is there."""
     needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
-    if exists(here.model) or not needs_model:
-        return
+    if needs_model and not exists(here.model):
+        train_model(run, here, mixture)
+
+
+def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
+    """The inner loop; if it continues from a model that was not kept, that one is trained again first."""
+    start = None
+    if run.config.mixing.start == "continue" and here.number:
+        before = run.folder.round(here.number - 1)
+        if find_model(run, before) is None:
+            train_model(run, before, mixture_of_round(run, before, [], None))
+        start = find_model(run, before)
     say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
     partial = here.path / "model.part"
     if is_main():
         remove(partial)
     barrier()
-    start = None
-    if run.config.mixing.start == "continue" and here.number:
-        start = find_model(run, run.folder.round(here.number - 1))
     inner_loops = run.config.mixing.rounds + 1 - here.number
 
     def on_step_time(seconds: float, steps: int) -> None:
