@@ -291,6 +291,7 @@ def train(
     arguments = training_arguments(config, checkpoints, round_seed)
     plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
     arguments.max_steps = plan.steps
+    arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
     pad_id = int(tokenizer.pad_token_id)
     model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
     trainer = InnerLoopTrainer(
