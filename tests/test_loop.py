@@ -1,0 +1,428 @@
+"""The whole loop in miniature: its files, its resumes after real kills, its stages, one process and two."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+import torch
+import yaml
+from miniature import DOMAINS, POOL, arguments, files, make_data, python, read, run, start, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "domains")
+
+
+@pytest.fixture(scope="module")
+def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two outer steps on two real processes."""
+    output = tmp_path_factory.mktemp("finished") / "run"
+    done = start(torchrun() + arguments(data, output, **FIXED))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "finished: all 2 outer steps are taken" in done.stdout
+    return output
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.quick(monkeypatch)
+
+
+def losses(run_folder: Path) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(run_folder.glob("round_*/evaluation.json"))]
+
+
+def mixtures(run_folder: Path) -> list[dict[str, Any]]:
+    return [read(path) for path in sorted(run_folder.glob("round_*/mixture.json"))]
+
+
+def assert_same_run(found: Path, expected: Path, tolerance: float = 2e-5) -> None:
+    """The same mixtures to the row, the same losses to float32's rounding."""
+    assert mixtures(found) == [
+        {
+            **m,
+            "domains": {
+                n: {**d, "beta": pytest.approx(d["beta"], abs=1e-3)} for n, d in m["domains"].items()
+            },
+        }
+        for m in mixtures(expected)
+    ]
+    one, other = losses(found), losses(expected)
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        for kind in ("reference_loss", "test_loss"):
+            assert a[kind] == pytest.approx(b[kind], rel=tolerance)
+    assert read(found / "mixture.json")["round"] == read(expected / "mixture.json")["round"]
+
+
+# What a run leaves behind
+
+
+def test_files_of_a_run(finished):
+    for name in ("config.yaml", "metrics.jsonl", "state.json", "data.json", "mixture.json", "report.html",
+                 "base/evaluation.json", "export", "figures", "model"):  # fmt: skip
+        assert (finished / name).exists(), name
+    assert sorted(path.name for path in finished.glob("round_*")) == ["round_00", "round_01", "round_02"]
+    assert not [path for path in finished.rglob("*.part")], "temporary names are gone"
+    assert not [path for path in finished.rglob("checkpoints")]
+    for path in finished.rglob("*.json"):
+        read(path)
+    for path in (finished / "round_00", finished / "round_01"):
+        assert {"mixture.json", "evaluation.json", "influence.csv", "influence.json", "model"} <= {
+            entry.name for entry in path.iterdir()
+        }
+    assert not (finished / "round_02" / "influence.json").exists(), "the last round has no step"
+    state = read(finished / "state.json")
+    assert state["finished"] and state["best_round"] == read(finished / "mixture.json")["round"]
+
+
+def test_mixtures_of_a_run(finished):
+    rounds = mixtures(finished)
+    for number, mixture in enumerate(rounds):
+        assert mixture["round"] == number and list(mixture["domains"]) == list(DOMAINS)
+        assert sum(d["share"] for d in mixture["domains"].values()) == pytest.approx(1)
+        assert abs(mixture["total_tokens"] - rounds[0]["total_tokens"]) <= 20, "a fixed volume"
+        betas = [d["beta"] for d in mixture["domains"].values()]
+        assert (max(map(abs, betas)) > 0.01) == (number > 0)
+    assert all(d == {**d, "pool": POOL, "size": POOL, "ratio": 1.0} for d in rounds[0]["domains"].values())
+    assert rounds[1]["domains"] != rounds[0]["domains"] and rounds[2]["domains"] != rounds[1]["domains"]
+
+
+def test_mixture_follows_from_influence(finished):
+    """The step by hand from round 0's influence.json leads to round 1's beta."""
+    influence = read(finished / "round_00" / "influence.json")
+    matrix, shares = np.array(influence["matrix"]), np.array(influence["shares"])
+    domains = read(finished / "round_00" / "mixture.json")["domains"].values()
+    np.testing.assert_allclose(shares, [d["share"] for d in domains])
+    alpha = matrix.mean(0)
+    alpha = alpha - shares * alpha.sum()
+    np.testing.assert_allclose(influence["alpha"], alpha, rtol=1e-9)
+    grown = 1 - 0.15 * alpha / abs(alpha).max()
+    after = read(finished / "round_01" / "mixture.json")["domains"].values()
+    np.testing.assert_allclose([d["beta"] for d in after], grown / (shares @ grown) - 1, rtol=1e-9)
+
+
+def test_evaluations_of_a_run(finished):
+    for path in [finished / "base/evaluation.json", *finished.glob("round_*/evaluation.json")]:
+        content = read(path)
+        assert set(content) == {"reference_loss", "test_loss", "Q", "Q_test"}
+        assert list(content["reference_loss"]) == list(DOMAINS)
+        assert list(content["test_loss"]) == ["math", "reasoning"]
+        assert content["Q"] == pytest.approx(np.mean(list(content["reference_loss"].values())))
+        assert content["Q_test"] is None, "safety counts and has no test set"
+    start_q = read(finished / "base/evaluation.json")["Q"]
+    assert all(loss["Q"] < 0.8 * start_q for loss in losses(finished)), "training must have trained"
+
+
+def test_influence_csv(finished):
+    for number in (0, 1):
+        with (finished / f"round_{number:02d}" / "influence.csv").open() as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == ["capability", *DOMAINS]
+        assert [row[0] for row in rows[1:]] == [*DOMAINS, "objective"]
+        table = np.array([[float(value) for value in row[1:]] for row in rows[1:]])
+        np.testing.assert_allclose(table[-1], table[:-1].mean(0), rtol=1e-6)
+        content = read(finished / f"round_{number:02d}" / "influence.json")
+        np.testing.assert_allclose(table[:-1], content["matrix"], rtol=1e-6)
+        assert np.isfinite(table).all()
+
+
+def test_metrics(finished):
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    assert {"time", "round", "phase", "step", "values"} == set(events[0])
+    assert {event["round"] for event in events if "loss" in event["values"]} == {0, 1, 2}
+
+
+def test_final_model_loads_and_is_the_best_rounds(finished):
+    model = AutoModelForCausalLM.from_pretrained(finished / "model")
+    tokenizer = AutoTokenizer.from_pretrained(finished / "model")
+    assert tokenizer.chat_template
+    best = AutoModelForCausalLM.from_pretrained(
+        finished / f"round_{read(finished / 'state.json')['best_round']:02d}" / "model"
+    )
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, best.state_dict()[name])
+    question = [{"role": "user", "content": "2 plus 2"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    assert model.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_export_holds_the_final_mixture(finished):
+    rows = (finished / "export" / "mixture.jsonl").read_text().splitlines()
+    assert len(rows) == sum(d["size"] for d in read(finished / "mixture.json")["domains"].values())
+
+
+# The same command again
+
+
+def test_the_same_command_again_changes_nothing(finished, data):
+    before = {k: v for k, v in files(finished).items() if k != "config.yaml"}
+    done = start(torchrun() + arguments(data, finished, **FIXED))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("this run is finished") == 1
+    assert {k: v for k, v in files(finished).items() if k != "config.yaml"} == before
+
+
+def test_one_process_gives_the_same(finished, data, tmp_path, quick):
+    assert run(data, tmp_path / "run", **FIXED) == 0
+    assert_same_run(tmp_path / "run", finished)
+    for number in (0, 1):
+        two, one = (
+            np.array(read(p / f"round_{number:02d}/influence.json")["matrix"])
+            for p in (finished, tmp_path / "run")
+        )
+        np.testing.assert_allclose(one, two, rtol=2e-3, atol=2e-3 * abs(two).max())
+
+
+@pytest.mark.parametrize("moment", ["mixture.json", "model"])
+def test_killed_in_round_1_and_resumed(finished, data, tmp_path, moment, quick):
+    """SIGKILL to the whole group: nobody can tidy up."""
+    output = tmp_path / "run"
+    watched = output / "round_01.part" / moment
+    command = (torchrun() if moment == "model" else python()) + arguments(data, output, **FIXED)
+    process = subprocess.Popen(
+        command,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=miniature.ROOT,
+    )
+    deadline = time.monotonic() + 120
+    while not watched.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (output / "round_02").exists() and (output / "round_00").is_dir()
+    before = (output / "round_00" / "evaluation.json").stat().st_mtime_ns
+    assert run(data, output, **FIXED) == 0
+    assert (output / "round_00" / "evaluation.json").stat().st_mtime_ns == before, "finished phases stay"
+    assert_same_run(output, finished)
+    assert not [path for path in output.rglob("*.part")]
+
+
+def test_killed_after_every_single_file(data, tmp_path, quick, monkeypatch):
+    """Each attempt dies behind its next new file; in the end all is as if there had been no interruption."""
+
+    class Killed(BaseException):
+        pass
+
+    rename, seen = os.replace, set[tuple[str, bytes]]()
+
+    def rename_and_die(source: Any, target: Any) -> None:
+        rename(source, target)
+        path = Path(target)
+        if tmp_path / "killed" in path.parents and path.name != "config.yaml":
+            # Others than state.json are written once, or again with the same meaning.
+            this = (path.name, path.read_bytes() if path.name == "state.json" else bytes(path.parent))
+            if this not in seen:
+                seen.add(this)
+                raise Killed
+
+    few = {"data__max_examples": 16, "mixing__budget": "fixed"}
+    assert run(data, tmp_path / "whole", **few) == 0
+    monkeypatch.setattr(os, "replace", rename_and_die)
+    attempts = 0
+    while attempts < 60:
+        attempts += 1
+        try:
+            assert run(data, tmp_path / "killed", **few) == 0
+            break
+        except Killed:
+            continue
+    assert 12 < attempts < 60
+    assert_same_run(tmp_path / "killed", tmp_path / "whole")
+    assert {"mixture.json", "model", "evaluation.json", "influence.json", "state.json"} <= {
+        n for n, _ in seen
+    }
+    assert sorted(files(tmp_path / "killed")) == sorted(files(tmp_path / "whole"))
+
+
+def test_more_rounds_continue(finished, data, tmp_path, quick, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    before = {
+        k: v
+        for k, v in files(tmp_path / "run").items()
+        if k.startswith(("round_00", "round_01", "round_02/e"))
+    }
+    assert run(data, tmp_path / "run", **{**FIXED, "mixing__rounds": 3}) == 0
+    after = files(tmp_path / "run")
+    assert {k: after[k] for k in before} == before
+    assert (tmp_path / "run/round_02/influence.json").is_file() and (tmp_path / "run/round_03").is_dir()
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["mixing"]["rounds"] == 3
+    capsys.readouterr()
+    assert run(data, tmp_path / "run", **FIXED) == 2
+    assert "mixing.rounds (3 -> 2)" in capsys.readouterr().err, "downwards is another run"
+
+
+def test_other_configurations_are_refused_and_harm_nothing(finished, data, capsys):
+    before = files(finished)
+    for change, named in [
+        ({"train__learning_rate": 1e-4}, "train.learning_rate (0.003 -> 0.0001)"),
+        ({"mixing__budget": "free"}, "mixing.budget (fixed -> free)"),
+        ({"seed": 3}, "seed (0 -> 3)"),
+    ]:
+        assert run(data, finished, **{**FIXED, **change}) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: output_dir: ") and error.count("\n") == 1 and named in error
+        assert "--restart true" in error
+    assert files(finished) == before
+
+
+def test_what_may_change(finished, data):
+    change = {"train__logging_steps": 3, "train__per_device_train_batch_size": 2, "train__report_to": "none"}
+    assert run(data, finished, **{**FIXED, **change}) == 0
+
+
+def test_restart_starts_over_and_touches_nothing_else(data, tmp_path, quick, capsys):
+    few = {"data__max_examples": 16, "mixing__method": "joint"}
+    assert run(data, tmp_path / "run", **few) == 0
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    first = losses(tmp_path / "run")
+    other = {**few, "train__learning_rate": 1e-3}
+    assert run(data, tmp_path / "run", **other) == 2
+    assert losses(tmp_path / "run") == first
+    assert run(data, tmp_path / "run", **other, restart="true") == 0
+    assert losses(tmp_path / "run") != first
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+# Variants
+
+
+def test_continue_starts_where_the_last_round_ended(data, tmp_path, quick):
+    """Each round trains on: the loss of round 1 is far below that of a round from the base model."""
+    few = {"mixing__rounds": 1, "mixing__max_change": 0.01, "mixing__patience": 3}
+    assert run(data, tmp_path / "base", **few) == 0
+    assert run(data, tmp_path / "on", **few, mixing__start="continue") == 0
+    base, on = losses(tmp_path / "base"), losses(tmp_path / "on")
+    assert on[0]["Q"] == base[0]["Q"]
+    assert on[1]["Q"] < base[1]["Q"] - 0.1
+    assert abs(base[1]["Q"] - base[0]["Q"]) < 0.1
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+def test_continued_run_with_more_rounds_starts_from_the_last_round(data, tmp_path, quick, lora):
+    """Also where models are gone: another round's was the best, or of LoRA only the merged one is kept."""
+    few = {
+        "data__max_examples": 16,
+        "mixing__start": "continue",
+        "mixing__patience": 5,
+        "model__lora__rank": lora,
+    }
+    # So high a rate that later rounds are no better.
+    few["train__learning_rate"] = 3e-2
+    assert run(data, tmp_path / "whole", **{**few, "mixing__rounds": 2, "keep_models": "all"}) == 0
+    assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 1}) == 0
+    assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 2}) == 0
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["joint", "uniform"])
+def test_methods_that_never_move(data, tmp_path, quick, method):
+    ratios = "{math: 0.25, reasoning: 1, safety: 0.75}"
+    assert run(data, tmp_path / "run", mixing__method=method, mixing__ratios=ratios, mixing__rounds=2) == 0
+    sizes = [d["size"] for d in read(tmp_path / "run/mixture.json")["domains"].values()]
+    assert sizes == ([6, 24, 18] if method == "joint" else [16, 16, 16])
+    assert [path.name for path in (tmp_path / "run").glob("round_*")] == ["round_00"]
+    assert not (tmp_path / "run/round_00/influence.json").exists()
+    assert read(tmp_path / "run/state.json")["finished"]
+
+
+def test_lora_run_ends_with_a_plain_model(data, tmp_path, quick):
+    few = {"model__lora__rank": 4, "influence__layers": "['*.mlp.*_proj']", "train__learning_rate": 1e-2}
+    assert run(data, tmp_path / "run", **few) == 0
+    names = {path.name for path in (tmp_path / "run" / "model").iterdir()}
+    assert "model.safetensors" in names and not [name for name in names if "adapter" in name]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    base = AutoModelForCausalLM.from_pretrained(miniature.BASE_MODEL)
+    assert type(model) is type(base) and model.state_dict().keys() == base.state_dict().keys()
+    moved = [n for n, p in base.state_dict().items() if not torch.equal(p, model.state_dict()[n])]
+    assert moved and all("_proj" in name for name in moved)
+    # Merging keeps the evaluated losses.
+    after = {"model__name_or_path": tmp_path / "run/model", "mixing__rounds": 0, "train__learning_rate": 0}
+    assert run(data, tmp_path / "again", **after) == 0
+    best = losses(tmp_path / "run")[read(tmp_path / "run/state.json")["best_round"]]
+    again = read(tmp_path / "again/base/evaluation.json")
+    assert again["reference_loss"] == pytest.approx(best["reference_loss"], rel=1e-4)
+
+
+def test_keep_models(data, tmp_path, quick):
+    few = {"data__max_examples": 16}
+    assert run(data, tmp_path / "final", **few) == 0
+    assert not [*(tmp_path / "final").glob("round_*/model")]
+    assert (tmp_path / "final/model/model.safetensors").is_file()
+    assert run(data, tmp_path / "all", **few, keep_models="all") == 0
+    assert len([*(tmp_path / "all").glob("round_*/model/model.safetensors")]) == 2
+
+
+def test_bad_round_is_not_kept(data, tmp_path, quick):
+    """The first round without a lower Q ends the run, and the best one stays."""
+    few = {"data__max_examples": 16, "train__num_train_epochs": 8, "train__learning_rate": 3e-2}
+    few |= {"mixing__start": "continue", "mixing__rounds": 4}
+    assert run(data, tmp_path / "run", **few) == 0
+    q = [loss["Q"] for loss in losses(tmp_path / "run")]
+    assert len(q) < 5 and q[-1] > min(q), "the case must be one of getting worse"
+    state = read(tmp_path / "run/state.json")
+    assert state["best_round"] == int(np.argmin(q)) == read(tmp_path / "run/mixture.json")["round"]
+    assert re.search(r"Q of round \d .* is not below round \d", state["reason"])
+
+
+# Stages
+
+
+def test_stage_influence(data, tmp_path, quick):
+    assert run(data, tmp_path / "run", stage="influence") == 0
+    content = read(tmp_path / "run/influence.json")
+    assert np.array(content["matrix"]).shape == (3, 3) and (tmp_path / "run/influence.csv").is_file()
+    assert not [*(tmp_path / "run").glob("round_*")] and not (tmp_path / "run/model").exists()
+
+
+def test_stage_mix_and_its_mixture_as_start(data, tmp_path, quick):
+    ratios = "{math: 0.5, reasoning: 1.25, safety: 2}"
+    assert run(data, tmp_path / "mix", stage="mix", mixing__ratios=ratios) == 0
+    mixture = read(tmp_path / "mix/mixture.json")
+    assert [d["size"] for d in mixture["domains"].values()] == [12, 30, 48]
+    rows = (tmp_path / "mix/export/mixture.jsonl").read_text().splitlines()
+    assert len(rows) == 90
+    options = {"mixing__ratios": tmp_path / "mix/mixture.json", "mixing__rounds": 0}
+    assert run(data, tmp_path / "run", **options) == 0
+    assert read(tmp_path / "run/round_00/mixture.json")["domains"] == mixture["domains"]
+
+
+def test_stage_report(finished, data, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    page = (tmp_path / "run/report.html").read_text()
+    (tmp_path / "run/report.html").unlink()
+    shutil.rmtree(tmp_path / "run/figures")
+    before = files(tmp_path / "run")
+    assert run(data, tmp_path / "run", stage="report") == 0
+    again = (tmp_path / "run/report.html").read_text()
+    assert len(again) == pytest.approx(len(page), rel=0.05)
+    after = files(tmp_path / "run")
+    assert {name: after[name] for name in before} == before, "only the report is written"
+
+
+@pytest.mark.parametrize("stage", ["influence", "mix"])
+def test_stages_leave_a_loops_run_alone(finished, data, stage, capsys):
+    before = files(finished)
+    assert run(data, finished, **FIXED, stage=stage) == 2
+    assert capsys.readouterr().err.startswith("error: output_dir: ")
+    assert files(finished) == before
