@@ -72,22 +72,24 @@ def execute(command: Command) -> None:
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
     together(lambda: check_folder(folder, command))
-    if command.stage == "run" and folder.finished and not folder.grows(dump(command.config)):
+    over = folder.finished and not command.restart and not folder.grows(dump(command.config))
+    if command.stage == "run" and over:
         say(f"{folder.path}: this run is finished (--restart true starts over)\n")
         say(final_summary(load_run(folder.path)) if is_main() else "")
         return None
     run = prepare(config, folder, arguments)
-    # Only now: a run that was refused leaves no folder behind that would refuse the mended command.
+    # Only now: a command that is refused neither deletes a run nor leaves a folder that would refuse the mended one.
+    if command.restart and is_main():
+        folder.clear()
     folder.claim(dump(command.config), header(), [data_row(report) for report in run.data.reports])
     {"run": run_loop, "influence": influence_stage, "mix": mix_stage}[command.stage](run)
     return None
 
 
 def check_folder(folder: RunFolder, command: Command) -> None:
-    """Raises UserError where output_dir holds something else; empties it where a restart is asked for."""
+    """Raises UserError where output_dir holds something else."""
     if command.restart:
-        if is_main():
-            folder.clear()
+        folder.check_restart()
         return
     if command.stage != "run" and folder.state.is_file():
         raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")

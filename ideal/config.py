@@ -249,7 +249,8 @@ def _chain(parts: list[str], value: Any) -> Tree:
 def _explain(error: ValidationError, tree: Tree) -> str:
     """One line for the mistake that is named most exactly."""
     found = [(_path(e["loc"], tree), e) for e in error.errors()]
-    path, detail = max(found, key=lambda pair: len(pair[0]))
+    # Of a short form and a mapping both are tried: what the mapping lacks says more than that it is no string.
+    path, detail = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "missing"))
     key = ".".join(path)
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_key(key)

@@ -211,12 +211,16 @@ class RunFolder:
                 "Name another output_dir, or start over with --restart true"
             )
 
+    def check_restart(self) -> None:
+        """Raises UserError where the folder holds something, and that is not a run."""
+        if self.config.is_file() or not self.path.exists():
+            return
+        if not self.path.is_dir() or any(self.path.iterdir()):
+            raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
+
     def clear(self) -> None:
         """Removes the run in the folder, and nothing else. Raises UserError where there is none."""
-        if not self.path.exists() or not any(self.path.iterdir()):
-            return
-        if not self.config.is_file():
-            raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
+        self.check_restart()
         ours = ["base", "export", "figures", "model", "model.part", "round_*", "*.json", "metrics.jsonl"]
         for pattern in [*ours, "influence.csv", "report.html", "config.yaml"]:
             for path in self.path.glob(pattern):
