@@ -3,7 +3,7 @@
     python scripts/demo_sweep.py [--start skewed] [--mixtures 40] [--refine 20] [--processes 2]
 
 First random mixtures, then ones near the best of those, two seeds each; at the end the best by reference
-loss, both starts and equal token shares are run again with fresh seeds, so that the choice does not flatter
+loss, all starts and equal token shares are run again with fresh seeds, so that the choice does not flatter
 itself. Finished runs are kept in --output; the same command goes on where it was stopped.
 """
 

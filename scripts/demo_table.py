@@ -2,7 +2,7 @@
 
     python scripts/demo_table.py [--seeds 5] [--processes 2]
 
-For both starts and every seed: keep the start; as many examples of every domain; shares, or examples, in
+For every start and seed: keep the start; as many examples of every domain; shares, or examples, in
 proportion to the reference losses of the model trained on the start; as many random steps as IDEAL takes, of
 the same size; and IDEAL with the paper's step, run by main.py. All hold as many trained tokens as the start.
 Differences to keeping the start are taken seed by seed; what is shown is their mean and its standard error.

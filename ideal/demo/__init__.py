@@ -17,9 +17,11 @@ SEED = 0
 
 STARTS = {
     "uniform": {"math": 0.1, "code": 0.1, "reasoning": 0.1, "instruction": 0.1, "safety": 0.1},
-    "skewed": {"math": 0.025, "code": 0.025, "reasoning": 0.175, "instruction": 0.025, "safety": 0.25},
+    "skewed": {"math": 0.25, "code": 0.175, "reasoning": 0.025, "instruction": 0.025, "safety": 0.025},
+    "misplaced": {"math": 0.025, "code": 0.025, "reasoning": 0.175, "instruction": 0.025, "safety": 0.25},
 }
-"""Start ratios: 2000 examples in both; 400 of each domain, or 1000, 700, 100, 100 and 100."""
+"""Start ratios, 2000 examples each: 400 of every domain; 1000, 700, 100, 100 and 100 in the domains' order; and
+the same sizes where they are of least use, half of all examples in the noisy domain."""
 
 
 @dataclass(frozen=True)
