@@ -20,8 +20,8 @@ STARTS = {
     "skewed": {"math": 0.25, "code": 0.175, "reasoning": 0.025, "instruction": 0.025, "safety": 0.025},
     "misplaced": {"math": 0.025, "code": 0.025, "reasoning": 0.175, "instruction": 0.025, "safety": 0.25},
 }
-"""Start ratios, 2000 examples each: 400 of every domain; 1000, 700, 100, 100 and 100 in the domains' order; and
-the same sizes where they are of least use, half of all examples in the noisy domain."""
+"""Start ratios, 2000 examples each: 400 of every domain; 1000, 700, 100, 100 and 100 in the domains' order;
+and the same sizes where they are of least use, half of all examples in the noisy domain."""
 
 
 @dataclass(frozen=True)
