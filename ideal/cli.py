@@ -1,5 +1,6 @@
 """From main.py's block and the command line to a run or one of its stages."""
 
+import math
 import os
 import sys
 import time
@@ -49,6 +50,10 @@ def main(defaults: Mapping[str, Any], argv: Sequence[str]) -> int:
             time.sleep(SECONDS_BEFORE_OTHERS_SPEAK)
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        if is_main():
+            print("interrupted; the same command continues behind the last finished phase", file=sys.stderr)
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -76,9 +81,12 @@ def execute(command: Command) -> None:
     if command.stage == "run" and over:
         say(f"{folder.path}: this run is finished (--restart true starts over)\n")
         say(final_summary(load_run(folder.path)) if is_main() else "")
+        for name in folder.missing():
+            say(f"warning: {name} is not there any more")
         return None
     run = prepare(config, folder, arguments)
     # Only now: a command that is refused neither deletes a run nor leaves a folder that would refuse the mended one.
+    together(lambda: folder.lock() if is_main() else None)
     if command.restart and is_main():
         folder.clear()
     folder.claim(dump(command.config), header(), [data_row(report) for report in run.data.reports])
@@ -166,11 +174,15 @@ def read_ratios(path: Path) -> dict[str, float]:
     """The ratios in a mixture.json."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        return {name: float(entry["ratio"]) for name, entry in content["domains"].items()}
-    except OSError:
+        ratios = {name: float(entry["ratio"]) for name, entry in content["domains"].items()}
+    except FileNotFoundError:
         raise UserError(f"mixing.ratios: no file {path}") from None
-    except (yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"mixing.ratios: {path} is no mixture.json (domains with a ratio each)") from None
+    for name, ratio in ratios.items():
+        if not (math.isfinite(ratio) and ratio >= 0):
+            raise UserError(f"mixing.ratios: {path}: the ratio of {name} is {ratio}; it must be 0 or more")
+    return ratios
 
 
 def check_mixture(mixture: Mixture) -> None:

@@ -29,6 +29,7 @@ from ideal.training import TRAINER_KEYS, TrainConfig
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 Tree = dict[str, Any]
+GROUPS = ("model", "data", "train", "influence", "mixing", "evaluation")
 
 
 def _train_config(value: Any) -> Any:
@@ -178,11 +179,27 @@ def _value(text: str) -> Any:
     return text
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """YAML in which the same key twice is a mistake, not a silent choice of the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping's keys and values; raises YAMLError at a repeated key."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> Tree:
     if not path.is_file():
         raise UserError(f"config: no file {path}")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: {path} cannot be read: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}" if mark else ""
@@ -190,7 +207,11 @@ def _read_yaml(path: Path) -> Tree:
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"config: {path} holds no keys")
     # Dotted keys are welcome in a file too.
-    return _nested(tree or {})
+    nested = {key: value for key, value in _nested(tree or {}).items() if value is not None}
+    for group in GROUPS:
+        if not isinstance(nested.get(group, {}), dict):
+            raise UserError(f"{group}: {nested[group]!r} in {path} is not a mapping of its keys")
+    return nested
 
 
 def _nested(flat: Mapping[Any, Any], prefix: str = "") -> Tree:
@@ -232,7 +253,7 @@ def _with_command_line(tree: Tree, given: Tree) -> Tree:
         if key.startswith("data.domains.") and key.count(".") < 2:
             raise UserError(unknown_key(key))
         domains = _get(tree, "data.domains")
-        if key.startswith("data.domains.") and key.count(".") >= 3:
+        if key.startswith("data.domains."):
             name = key.split(".")[2]
             if isinstance(domains, str) or isinstance(_get(tree, f"data.domains.{name}"), str):
                 resolved = resolve_domains(DataConfig(domains=domains))

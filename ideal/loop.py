@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from ideal.config import Config
 from ideal.data import Data
 from ideal.distributed import all_gather_objects, barrier, is_main, say
+from ideal.errors import UserError
 from ideal.evaluation import evaluate, weighted
 from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
 from ideal.mixers import MIXERS, Mixer, RoundResult, Step
@@ -69,7 +70,7 @@ def run_loop(run: Run) -> None:
     say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
     mixer, rounds, results = run.mixer, run.config.mixing.rounds, list[RoundResult]()
     step: Step | None = None
-    reason = f"all {rounds} outer steps are taken"
+    reason = f"outer steps taken: {rounds} of {rounds}"
     for number in range(rounds + 1):
         here = run.folder.round(number)
         mixture = mixture_of_round(run, here, results, step)
@@ -191,12 +192,25 @@ def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
     if not exists(here.evaluation):
         with loaded_model(run, here) as model:
             evaluation = evaluate_model(run, model, f"round {here.number}")
+        check_losses(run, here, evaluation)
         write_json(here.evaluation, evaluation)
         barrier()
     evaluation = dict(read_json(here.evaluation))
     if here.training.is_file():
         warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
+
+
+def check_losses(run: Run, here: RoundFolder, evaluation: dict[str, Any]) -> None:
+    """Raises UserError, and drops the model, where training has diverged."""
+    losses = [*evaluation["reference_loss"].values(), *evaluation["test_loss"].values()]
+    if not all(map(math.isfinite, losses)):
+        if is_main():
+            remove(here.model)
+        raise UserError(
+            f"train.learning_rate: after round {here.number} the losses are not finite: training has diverged; "
+            "lower it, and start over with --restart true"
+        )
 
 
 def warn_if_memorised(run: Run, here: RoundFolder, reference: dict[str, float]) -> None:

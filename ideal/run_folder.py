@@ -5,6 +5,7 @@ which phases are finished, and the same command continues behind the last one.
 """
 
 import csv
+import fcntl
 import io
 import json
 import os
@@ -12,11 +13,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
-from ideal.distributed import is_main
+from ideal.distributed import is_main, say
 from ideal.errors import UserError
 
 # Keys that may differ when a run is continued: they change neither the mixture nor the training.
@@ -39,6 +40,7 @@ MAY_CHANGE = frozenset(
     }
 )  # fmt: skip
 GROWS = "mixing.rounds"
+LOCK = ".lock"
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -74,8 +76,11 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a JSON file; raises UserError where it holds none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"output_dir: {path} is broken; remove it to have it made again, or --restart true") from None
 
 
 class RoundFolder:
@@ -153,6 +158,7 @@ class RunFolder:
         self.model = path / "model"
         self.base_evaluation = path / "base" / "evaluation.json"
         self.metrics = path / "metrics.jsonl"
+        self._lock: IO[str] | None = None
 
     def round(self, number: int) -> RoundFolder:
         """Round `number`'s folder."""
@@ -173,12 +179,40 @@ class RunFolder:
 
     def check(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Raises UserError where the folder holds another configuration's run, or what no run wrote."""
+        nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            raise UserError(f"output_dir: {self.path} cannot be made: {nearest} is no folder that can be written")
         if self.config.is_file():
             self._compare(config, flat)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise UserError(
                 f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
             )
+
+    def _foreign(self) -> bool:
+        return any(path.name != LOCK for path in self.path.iterdir())
+
+    def lock(self) -> None:
+        """Makes the folder this process's own until it ends. Raises UserError where another run has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / LOCK).open("a")
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"output_dir: another run is working in {self.path}; wait for it or name another") from None
+        except OSError as error:
+            # Some network file systems know no locks; a run there is as safe as without.
+            say(f"note: {self.path} cannot be locked against a second run ({error.strerror})")
+
+    def missing(self) -> list[str]:
+        """Of a finished run: the files that should be there and are not."""
+        last = read_json(self.state)["best_round"]
+        rounds = [self.round(number) for number in range(last + 1)]
+        wanted = [self.mixture, self.model, *(r.evaluation for r in rounds), *(r.mixture for r in rounds)]
+        return [str(path.relative_to(self.path)) for path in wanted if not path.exists()]
 
     def grows(self, config: dict[str, Any]) -> bool:
         """Whether `config` asks for more outer steps than the run that is here did."""
@@ -215,7 +249,7 @@ class RunFolder:
         """Raises UserError where the folder holds something, and that is not a run."""
         if self.config.is_file() or not self.path.exists():
             return
-        if not self.path.is_dir() or any(self.path.iterdir()):
+        if not self.path.is_dir() or self._foreign():
             raise UserError(f"restart: {self.path} holds no run (no config.yaml), so nothing there is deleted")
 
     def clear(self) -> None:

@@ -66,6 +66,7 @@ NOT_FOR_USERS = {
 }
 # How long ranks wait for each other: rank 0 encodes the data, saves models and draws the report alone.
 PATIENCE_SECONDS = 4 * 3600
+NOT_NEGATIVE = {"learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "num_train_epochs"}
 # Log events whose mean is the training loss at the end: one alone is noisy.
 LAST_LOGS = 10
 # fsdp is annotated as a string, and True is what its own documentation asks for.
@@ -110,10 +111,15 @@ def check_argument(key: str, value: Any) -> Any:
         raise ValueError(f"unknown key train.{key}{hint}")
     kind = WIDER_TYPES.get(key, TRAINER_KEYS[key].type)
     try:
-        return TypeAdapter(kind).validate_python(value)
+        checked = TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
         detail = error.errors()[0]["msg"]
         raise ValueError(f"train.{key}: {value!r} does not fit: {detail[0].lower()}{detail[1:]}") from None
+    if isinstance(checked, float) and not math.isfinite(checked):
+        raise ValueError(f"train.{key}: {value!r} is not a finite number")
+    if key in NOT_NEGATIVE and checked < 0:
+        raise ValueError(f"train.{key}: {value!r} is negative")
+    return checked
 
 
 def training_arguments(config: TrainConfig, folder: Path, seed: int) -> TrainingArguments:
