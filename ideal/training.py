@@ -132,6 +132,7 @@ def training_arguments(config: TrainConfig, folder: Path, seed: int) -> Training
     given.setdefault("per_device_train_batch_size", min(8, config.global_batch_size))
     given.setdefault("logging_steps", 10)
     given.setdefault("save_strategy", "no")
+    given["remove_unused_columns"] = False  # a model may take its inputs by **kwargs
     given.setdefault("ddp_timeout", PATIENCE_SECONDS)
     given.setdefault("disable_tqdm", False)  # quiet libraries would mean no bar
     given.setdefault("ddp_find_unused_parameters", False)  # a search at every step, for nothing
