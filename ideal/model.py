@@ -150,12 +150,15 @@ def save_model(
 
     state: the full state dict where the model itself holds only shards.
     """
-    state = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in (model.state_dict() if state is None else state).items()
-    }
-    model.config.dtype = dtype
-    model.save_pretrained(str(folder), state_dict=state)
+    cast: dict[int, torch.Tensor] = {}  # by address, so that tied weights stay one tensor and are written once
+    whole = model.state_dict() if state is None else state
+    for tensor in whole.values():
+        cast.setdefault(tensor.data_ptr(), tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    model.save_pretrained(str(folder), state_dict={name: cast[t.data_ptr()] for name, t in whole.items()})
+    if (folder / "config.json").is_file():
+        # save_pretrained notes the data type of the model in memory, not that of what it wrote.
+        model.config.dtype = dtype
+        model.config.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
