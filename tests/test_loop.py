@@ -33,7 +33,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("finished") / "run"
     done = start(torchrun() + arguments(data, output, **FIXED))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "finished: all 2 outer steps are taken" in done.stdout
+    assert "finished: outer steps taken: 2 of 2" in done.stdout
     return output
 
 
