@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import miniature
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -193,7 +193,7 @@ def test_one_process_gives_the_same(finished, data, tmp_path, quick):
 
 @pytest.mark.parametrize("moment", ["mixture.json", "model"])
 def test_killed_in_round_1_and_resumed(finished, data, tmp_path, moment, quick):
-    """SIGKILL to the whole group: nobody can tidy up."""
+    """SIGKILL to all processes: nobody can tidy up."""
     output = tmp_path / "run"
     watched = output / "round_01.part" / moment
     command = (torchrun() if moment == "model" else python()) + arguments(data, output, **FIXED)
@@ -208,7 +208,9 @@ def test_killed_in_round_1_and_resumed(finished, data, tmp_path, moment, quick):
     while not watched.exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
+    # torchrun's workers have sessions of their own: orphaned, they would go on and keep the folder's lock.
+    for victim in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+        victim.kill()
     process.wait()
     assert not (output / "round_02").exists() and (output / "round_00").is_dir()
     before = (output / "round_00" / "evaluation.json").stat().st_mtime_ns
