@@ -22,6 +22,8 @@ from ideal.report.tables import influence_matrix, influence_objective, shorten
 # yellow; beyond seven names a lighter tone, other markers and hatches take over.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F"]
 MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+FAR_OFF = 4
+"""Base loss / highest loss of a round beyond which a panel is logarithmic, so that the rounds stay apart."""
 INK, FAINT = "#222222", "#8a8a8a"
 STYLE: Any = {
     "font.size": 10,
@@ -138,6 +140,11 @@ def losses_figure(run: RunFiles) -> Figure:
         axes.grid(axis="y")
         axes.margins(y=0.15)
         axes.yaxis.set_major_locator(MaxNLocator(5))
+        base = _value(run.base.get("Q") if name is None else (run.base.get("reference_loss") or {}).get(name))
+        if rounds and min(rounds) > 0 and base > FAR_OFF * max(rounds):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_locator(NullLocator())
         _round_axis(axes, list(positions), [label for label, _ in models], label="", most=9)
     for axes in grid[len(panels) :]:
         axes.set_visible(False)
