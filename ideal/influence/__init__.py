@@ -3,6 +3,7 @@
 Knows nothing of training, mixtures or files, so any training script can call it.
 """
 
+from ideal.influence.api import influence_of
 from ideal.influence.engine import DomainSample, Influence, InfluenceConfig, compute_influence
 from ideal.influence.matrix import fixed_form, objective
 from ideal.influence.statistics import Examples
@@ -14,5 +15,6 @@ __all__ = [
     "InfluenceConfig",
     "compute_influence",
     "fixed_form",
+    "influence_of",
     "objective",
 ]
