@@ -1,0 +1,366 @@
+"""The joint Gauss-Newton system over all tracked layers at once, cross-layer terms included.
+
+    (H + D) V = g        H = (1/T) sum over sequences i of w_i, over i's trained positions of J^T (diag p - p p^T) J
+
+J [vocabulary, all tracked weights] is the Jacobian of a position's logits, p their softmax, T the
+weighted trained tokens, and D the layers' dampings: D_l times the identity. EK-FAC leaves out what
+lies between layers, and approximates each layer's own block; here both are exact.
+
+H is never formed. Conjugate gradients (Hestenes and Stiefel 1952), preconditioned by EK-FAC, need only
+its products with directions (Pearlmutter 1994; Schraudolph 2002), and a product with a direction is
+- forward: the tangent of the logits when the weights move along it (forward-mode differentiation),
+- at the trained positions: times w (diag p - p p^T),
+- backward: with that as the cotangent, the layers' pairs (x, d) as in statistics.py, whose d^T x is the product.
+
+One forward pass per batch serves all directions of a pass: its linear layers' outputs are kept, so each
+direction takes what the linear layers' tangents take (a forward pass), and a backward pass.
+
+Suffixes: N positions or trained tokens laid end to end, I in, O out, K right-hand sides.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ideal.distributed import all_gather_objects, all_reduce_, broadcast_, is_initialized, progress, rank, world_size
+from ideal.errors import UserError
+from ideal.influence.ekfac import Curvature
+from ideal.influence.statistics import Batch
+
+Vectors = dict[str, Tensor]
+"""Per layer of this rank's own, [K, O, I]."""
+Weights = dict[str, Tensor]
+"""Per tracked layer, [O, I]: one direction, or its product."""
+
+
+@dataclass(frozen=True)
+class JointSolution:
+    """(H + D)^-1 g, and how it was reached."""
+
+    solutions: Vectors
+    """V [K, O, I] of the layers that this rank owns."""
+    iterations: int
+    residuals: list[list[float]]
+    """[iterations][K] after each iteration, sqrt(r^T P r / g^T P g) with P the preconditioner's inverse: an estimate
+    of the solution's relative error in the norm of H + D. 0 for a right-hand side that is zero."""
+
+
+def solve_joint(
+    model: nn.Module,
+    layers: Mapping[str, nn.Linear],
+    batches: Callable[[], Iterable[Batch]],
+    gradients: Mapping[str, Tensor],
+    curvature: Mapping[str, Curvature],
+    damping: Mapping[str, float],
+    tokens: float,
+    iterations: int,
+    tolerance: float,
+    owners: Mapping[str, int] | None = None,
+    at_once: int = 1,
+) -> JointSolution:
+    """Solves (H + D) V = g for all right-hand sides, each with its own step lengths, together.
+
+    Every rank calls it, with `frozen(model)` active. Gradient checkpointing is off inside: the
+    activations of one batch are held. A layer with damping 0 saw no token: its V is zero.
+
+    Memory beyond that of a forward and backward pass, in numbers of the size of the tracked weights:
+    an owner holds 4 K per layer of its own (V, the residual, the direction, the product; the residual
+    takes the place of `gradients`), every rank 2 x `at_once` per layer that is not its own (the
+    directions that are in work and their products). One process needs nothing for `at_once`, and takes
+    all K. Per batch also four times [trained tokens, vocabulary].
+
+    Vectors and products are float32 (float64 for a float64 model), scalars float64. A bf16 model's
+    forward, tangent and backward passes are bf16: its products are right to about a percent, so
+    residuals stop falling near there, and more iterations than reach that gain nothing.
+
+    Args:
+        model: a causal language model, as for `compute_influence`; on every rank, also if sharded.
+        layers: the tracked layers, the same on every rank.
+        batches: gives this rank's batches anew for every pass; with sharded parameters as many as any other rank's.
+        gradients: the right-hand sides g [K, O, I] of this rank's own layers. **Overwritten.**
+        curvature: EK-FAC's H + D of this rank's own layers, the preconditioner.
+        damping: D_l of this rank's own layers, in the units of H (nats per trained token).
+        tokens: T, the weighted trained tokens of all ranks' batches.
+        iterations: at most so many.
+        tolerance: ends when every right-hand side's residual is at most this; see `JointSolution.residuals`.
+        owners: the rank of each layer; None: one process.
+        at_once: directions that several ranks work on in one pass over the batches.
+
+    Raises:
+        UserError: an operation of the model has no forward derivative, a layer does not see every
+            position, or a product is not finite.
+    """
+    owners = owners or dict.fromkeys(layers, 0)
+    mine = [name for name in layers if owners[name] == rank()]
+    residual = {name: gradients[name] for name in mine}
+    count = max(all_gather_objects(max((len(tensor) for tensor in residual.values()), default=0)))
+    for name in mine:
+        if not damping[name]:
+            residual[name].zero_()
+    at_once = count if world_size() == 1 else min(at_once, count)
+    with _Products(model, layers, batches, owners, at_once).ready() as products:
+
+        def multiply(direction: Vectors, product: Vectors, numbers: Sequence[int]) -> None:
+            products.sum(direction, product, numbers)
+            for name in mine:
+                product[name].div_(tokens).add_(direction[name], alpha=damping[name])
+
+        with progress(0, "joint curvature") as products.bar:
+            products.passes = iterations * -(-count // at_once)
+            return _conjugate_gradients(multiply, residual, curvature, count, products.device, iterations, tolerance)
+
+
+def _conjugate_gradients(
+    multiply: Callable[[Vectors, Vectors, Sequence[int]], None],
+    residual: Vectors,
+    curvature: Mapping[str, Curvature],
+    count: int,
+    device: torch.device,
+    iterations: int,
+    tolerance: float,
+) -> JointSolution:
+    """`residual` is the right-hand sides on entry; `multiply` writes a direction's product for some of the K.
+
+    Starting at zero, the first iterate is EK-FAC's own answer times the best scalar.
+    """
+    solution = {name: torch.zeros_like(tensor) for name, tensor in residual.items()}
+    direction = {name: curvature[name].solve(tensor) for name, tensor in residual.items()}
+    product = {name: torch.zeros_like(tensor) for name, tensor in residual.items()}
+    initial = squared = _dots(residual, direction, count, device)
+    residuals: list[list[float]] = []
+    relative = (squared > 0).to(squared)
+    while len(residuals) < iterations and bool((relative > tolerance).any()):
+        active = relative > tolerance
+        multiply(direction, product, active.nonzero().flatten().tolist())
+        step = torch.where(active, squared / _dots(direction, product, count, device), 0.0)
+        for name, tensor in residual.items():
+            solution[name].addcmul_(direction[name], _column(step, tensor))
+            tensor.addcmul_(product[name], _column(-step, tensor))
+            # From here on, the preconditioned residual stands in the product's place.
+            product[name].copy_(curvature[name].solve(tensor))
+        before, squared = squared, _dots(residual, product, count, device)
+        momentum = torch.where(active, squared / before, 0.0)
+        for name, tensor in direction.items():
+            tensor.mul_(_column(momentum, tensor)).add_(product[name])
+        relative = torch.where(initial > 0, squared / initial, 0.0).clamp_min(0.0).sqrt()
+        residuals.append(relative.tolist())
+        if not bool(relative.isfinite().all()):
+            raise UserError("influence.solver: the Gauss-Newton products are not finite; did training diverge?")
+    return JointSolution(solution, len(residuals), residuals)
+
+
+def _dots(left: Vectors, right: Vectors, count: int, device: torch.device) -> Tensor:
+    """[K] <left, right> over all layers of all ranks, float64."""
+    total = torch.zeros(count, dtype=torch.float64, device=device)
+    for name, tensor in left.items():
+        # Vector by vector: float64 copies of all K of a large layer would be what memory is sized by.
+        for number, (one, other) in enumerate(zip(tensor, right[name], strict=True)):
+            total[number] += one.flatten().double() @ other.flatten().double()
+    return all_reduce_(total)
+
+
+def _column(scalars: Tensor, like: Tensor) -> Tensor:
+    return scalars.to(like)[:, None, None]
+
+
+class _Products:
+    """Products with T x H: passes over all ranks' batches."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Linear],
+        batches: Callable[[], Iterable[Batch]],
+        owners: Mapping[str, int],
+        at_once: int,
+    ) -> None:
+        self.model = model
+        self.layers = layers
+        self.batches = batches
+        self.owners = owners
+        weight: Tensor = model.get_input_embeddings().weight  # type: ignore[operator]
+        self.device = weight.device
+        self.dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        self.passes = 0
+        self.bar: Any
+        self.head = model.get_output_embeddings()  # type: ignore[operator]
+        names = {module: name for name, module in layers.items()}
+        self.linear = {
+            module: _Linear(self, module, names.get(module))
+            for module in model.modules()
+            # A subclass that computes otherwise (quantised) is left to forward-mode differentiation itself.
+            if isinstance(module, nn.Linear) and (module in names or type(module).forward is nn.Linear.forward)
+        }
+        other = [name for name in layers if owners[name] != rank()]
+        # What other ranks own: directions as they are sent here, and this rank's part of their products.
+        self.received = [self._empty(other) for _ in range(at_once)]
+        self.partial = [self._empty(other) for _ in range(at_once)]
+        self.batch: Batch
+        self.direction: Weights | None = None
+        self.product: Weights = {}
+
+    def _empty(self, names: Iterable[str]) -> Weights:
+        shapes = {name: (self.layers[name].out_features, self.layers[name].in_features) for name in names}
+        return {
+            name: torch.empty(shape, dtype=self.dtype, device=self.layers[name].weight.device)
+            for name, shape in shapes.items()
+        }
+
+    @contextmanager
+    def ready(self) -> Iterator["_Products"]:
+        """The model's linear layers keep outputs and take tangents, for as long as it lasts."""
+        # Gradient checkpointing, which alone `frozen` leaves in training mode.
+        training = [module for module in self.model.modules() if module.training]
+        with ExitStack() as stack:
+            for module in training:
+                stack.callback(setattr, module, "training", True)
+                module.training = False
+            for module, linear in self.linear.items():
+                stack.callback(_restore_forward, module, vars(module).get("forward"))
+                module.forward = linear.forward  # type: ignore[assignment]
+            yield self
+
+    def sum(self, direction: Vectors, product: Vectors, numbers: Sequence[int]) -> None:
+        """Writes T x H times the directions with these numbers of K to `product`, at the owners."""
+        width = len(self.received)
+        for start in range(0, len(numbers), width):
+            chunk = numbers[start : start + width]
+            directions = self._whole(direction, self.received, chunk)
+            products = self._whole(product, self.partial, chunk)
+            for one, other in zip(directions, products, strict=True):
+                for name, owner in self.owners.items():
+                    broadcast_(one[name], owner)
+                    other[name].zero_()
+            for batch in self.batches():
+                self._add(batch, directions, products)
+                self.bar.update()
+            if not self.bar.total:
+                # Only now is it known how many batches a pass has.
+                self.bar.total = self.bar.n * self.passes
+            for other in products:
+                for name, owner in self.owners.items():
+                    _reduce_(other[name], owner)
+
+    def _whole(self, vectors: Vectors, elsewhere: list[Weights], chunk: Sequence[int]) -> list[Weights]:
+        """Some of K over all layers: views of what is this rank's own, and buffers for the rest."""
+        return [
+            {name: vectors[name][number] if name in vectors else buffers[name] for name in self.layers}
+            for number, buffers in zip(chunk, elsewhere, strict=False)
+        ]
+
+    def _add(self, batch: Batch, directions: list[Weights], products: list[Weights]) -> None:
+        """Adds this batch's part of every direction's product."""
+        self.batch = batch
+        for linear in self.linear.values():
+            linear.outputs.clear()
+        self.direction = None
+        logits_NV = self._logits()
+        p_NV = logits_NV.detach().softmax(dim=-1)
+        weights_N = torch.zeros(batch.input_ids.numel(), dtype=self.dtype, device=self.device)
+        weights_N[batch.index] = batch.position_weights.to(self.dtype)
+        wp_NV = p_NV * weights_N.index_select(0, batch.trained)[:, None]
+        for number, (self.direction, self.product) in enumerate(zip(directions, products, strict=True)):
+            tangent_NV = self._tangent()
+            # w (diag p - p p^T) t = w p (t - <p, t>)
+            tangent_NV -= torch.linalg.vecdot(p_NV, tangent_NV)[:, None]
+            logits_NV.backward(tangent_NV.mul_(wp_NV), retain_graph=number + 1 < len(directions))
+
+    def _logits(self) -> Tensor:
+        """[N, vocabulary] at the trained positions."""
+        batch = self.batch
+        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        logits = output.logits.flatten(0, -2)
+        # The last layer has already been given the trained positions alone, if it is an ordinary one.
+        return (logits if self.head in self.linear else logits.index_select(0, batch.trained)).to(self.dtype)
+
+    @torch.no_grad()
+    def _tangent(self) -> Tensor:
+        """[N, vocabulary] the derivative of the logits along the direction."""
+        for linear in self.linear.values():
+            linear.calls = 0
+        try:
+            # Of the attention kernels, the one made of plain products has a forward derivative.
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(self._logits()).tangent
+        except NotImplementedError as error:
+            raise UserError(
+                "influence.solver: cg needs forward derivatives, and an operation of this model has none: load the"
+                f" model with attn_implementation sdpa or eager, or set direct ({str(error).splitlines()[0]})"
+            ) from error
+        assert tangent is not None, "no tracked layer reaches the logits"
+        return tangent
+
+    def rows(self, module: nn.Linear, name: str, x: Tensor) -> Tensor:
+        """[N, I or O] a tracked layer's positions; the last layer's are the trained ones."""
+        flat = x.reshape(-1, x.shape[-1])
+        if module is not self.head:
+            if len(flat) != self.batch.input_ids.numel():
+                raise UserError(
+                    f"influence.layers: {name} does not see every position of a batch (is it an expert that"
+                    " tokens are routed to?), so its gradients cannot be told apart: leave it out"
+                )
+            flat = flat.index_select(0, self.batch.index)
+        return flat.to(self.dtype)
+
+
+class _Linear:
+    """A linear layer's forward: as it is, its outputs kept; then, with a direction, their tangents alone."""
+
+    def __init__(self, products: _Products, module: nn.Linear, name: str | None) -> None:
+        """`name`: of a tracked layer."""
+        self.products = products
+        self.module = module
+        self.name = name
+        self.plain = module.forward
+        self.outputs: list[Tensor] = []
+        """Of the batch at hand, one for each time that the layer was called."""
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In place of the module's own."""
+        if self.module is self.products.head:
+            x = x.flatten(0, -2).index_select(0, self.products.batch.trained)
+        return self._keep(x) if self.products.direction is None else self._tangent(x, self.products.direction)
+
+    def _keep(self, x: Tensor) -> Tensor:
+        output = self.plain(x)
+        self.outputs.append(output.detach())
+        if self.name is not None:
+            output.register_hook(partial(self._receive, self.name, x.detach()))
+        return output
+
+    @torch.no_grad()
+    def _receive(self, name: str, x: Tensor, d: Tensor) -> None:
+        x_NI, d_NO = (self.products.rows(self.module, name, tensor) for tensor in (x, d))
+        self.products.product[name].addmm_(d_NO.mT, x_NI)
+
+    def _tangent(self, x: Tensor, direction: Weights) -> Tensor:
+        output = self.outputs[self.calls]
+        self.calls += 1
+        primal, before = forward_ad.unpack_dual(x)
+        parts = []
+        if before is not None:
+            parts.append(nn.functional.linear(before, self.module.weight))
+        if self.name is not None:
+            parts.append(nn.functional.linear(primal, direction[self.name].to(primal.dtype)))
+        return forward_ad.make_dual(output, sum(parts[1:], parts[0])) if parts else output
+
+
+def _restore_forward(module: nn.Module, own: Any) -> None:
+    del module.forward
+    if own is not None:
+        module.forward = own
+
+
+def _reduce_(tensor: Tensor, owner: int) -> None:
+    """Sums `tensor` over all ranks, at its owner; elsewhere it is used up."""
+    if is_initialized():
+        dist.reduce(tensor, owner)
