@@ -1,0 +1,225 @@
+"""The influence engine beside kronfluence and bergson: the same matrix? how fast, against a plain training pass?
+
+    scripts/setup_peers.sh                                       once: .venv-peers, where the peers live
+    python scripts/benchmark_influence.py                        workload W (a small Llama with random weights)
+    python scripts/benchmark_influence.py --model DIR            a trained checkpoint on real sequences
+    python scripts/benchmark_influence.py --model DIR --train-steps 30 --keep DIR2        ... trained here first
+    python scripts/benchmark_influence.py --model DIR --fractions 0.5 0.25 0.1 --draws 3
+    python scripts/benchmark_influence.py --variant "half: keep_layers=0.5" --variant "pair: processes=2"
+    python scripts/benchmark_influence.py --shape llama-3.2-1b --sides engine engine-bf16 kronfluence    on a GPU
+
+Every side is a process of its own that times itself, in turns with the others: loading does not count,
+eigendecompositions do. Tables go to the standard output as Markdown, and with --json FILE to a file too.
+docs/performance.md says what they mean.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "peers")]
+
+from comparison import (  # noqa: E402
+    Agreement,
+    agreement,
+    agreement_table,
+    median,
+    phase_table,
+    speed_table,
+    table,
+    timing_table,
+)
+from exchange import Workload  # noqa: E402
+from sides import (  # noqa: E402
+    CONVENTIONS,
+    DEFAULT_SIDES,
+    PEERS,
+    SIDES,
+    Side,
+    Worker,
+    engine_side,
+    in_turns,
+    variant,
+    workers,
+)
+from workloads import SHAPES, Sizes, random_workload, real_workload, shaped_workload  # noqa: E402
+
+
+def main(arguments: list[str]) -> None:
+    """One workload, in one of three modes."""
+    args = parse(arguments)
+    report = Report(args.json)
+    with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
+        workload = make_workload(Path(scratch), args)
+        workload.save()
+        report.describe(workload, args)
+        for threads in args.threads:
+            if args.fractions:
+                compare_fractions(workload, args, threads, report)
+            else:
+                compare_sides(workload, args, threads, report)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a smaller W, in seconds")
+    add("--model", metavar="DIR", help="a Llama checkpoint, on --data instead of random sequences")
+    add("--data", default="../shared/data/real", metavar="DIR", help="a folder with a sub-folder per domain")
+    add("--max-length", type=int, default=128, help="tokens of a real sequence")
+    add("--train-steps", type=int, default=0, help="train --model on --data for so many steps first")
+    add("--keep", metavar="DIR", help="where the model trained here is kept")
+    add("--shape", choices=SHAPES, help="a Llama of these sizes with random weights")
+    add("--sequences", type=int, default=64, help="per domain, with --model or --shape")
+    add("--references", type=int, default=16, help="per capability, with --model or --shape")
+    add("--domains", type=int, default=4, help="with --shape")
+    add("--length", type=int, default=1024, help="tokens of a sequence, with --shape")
+    add("--batch-size", type=int, default=8, help="of all sides, with --shape")
+    add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, with --shape")
+    add("--sides", nargs="+", default=DEFAULT_SIDES, choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
+    add("--variant", action="append", default=[], type=variant, metavar='"NAME: KEY=VALUE, ..."', help="more engines")
+    add("--fractions", nargs="+", type=float, default=[], help="factor_fraction, each against 1")
+    add("--draws", type=int, default=3, help="of the factors' sequences, with --fractions")
+    add("--threads", nargs="+", type=int, default=[1], help="per process, one after the other")
+    add("--repeats", type=int, default=5, help="runs of each side, whose median counts")
+    add("--seed", type=int, default=0)
+    add("--scratch", metavar="DIR", help="where the model is copied to, and the peers' files go")
+    add("--json", type=Path, metavar="FILE", help="everything that was measured")
+    args = parser.parse_args(arguments)
+    if args.model and args.shape:
+        parser.error("--model and --shape exclude each other")
+    if args.train_steps and not args.model:
+        parser.error("--train-steps needs --model")
+    return args
+
+
+def make_workload(folder: Path, args: argparse.Namespace) -> Workload:
+    """What the command line asks for."""
+    if args.model:
+        return real_workload(folder, args)
+    if args.shape:
+        sizes = Sizes(args.domains, args.sequences, args.references, args.length, args.length // 4)
+        return shaped_workload(folder, args.shape, sizes, args.batch_size, args.dtype, args.seed)
+    return random_workload(folder, args.quick, args.seed)
+
+
+# Modes
+
+
+def compare_sides(workload: Workload, args: argparse.Namespace, threads: int, report: "Report") -> None:
+    """All sides in turns: the same matrix, and how fast."""
+    sides = [SIDES[name] for name in args.sides] + args.variant
+    with workers(sides, workload.folder, threads) as running:
+        answers = in_turns(running, args.repeats)
+        found = agreements(workload, running, answers) if "engine" in running else {}
+    title = f"{threads} thread{'s' if threads > 1 else ''}"
+    report.section(f"Time, {title}", timing_table(answers), answers=answers)
+    report.section(f"Speed, {title}", speed_table(answers, PEERS))
+    report.section(f"Phases, {title}", phase_table(answers))
+    agreed = {name: asdict(one) | {"same": one.same} for name, one in found.items()}
+    report.section(f"Agreement with the engine, {title}", agreement_table(found), agreement=agreed)
+
+
+def agreements(
+    workload: Workload, running: Mapping[str, Worker], answers: Mapping[str, list[dict[str, Any]]]
+) -> dict[str, Agreement]:
+    """Each matrix against the engine's: the peers' in their own convention of positions."""
+    engine, found = answers["engine"][-1], {}
+    for name, runs in answers.items():
+        if name == "engine" or "matrix" not in runs[-1]:
+            continue
+        expected = engine
+        if convention := CONVENTIONS.get(running[name].side.program):
+            expected = running["engine"].run(convention=convention)
+        found[name] = agreement(runs[-1]["matrix"], expected["matrix"], engine["shares"], own_entries(workload))
+    return found
+
+
+def own_entries(workload: Workload) -> np.ndarray:
+    """[R, n] whether a capability and a domain share their name."""
+    return np.array([[domain == capability for domain in workload.domains] for capability in workload.references])
+
+
+def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int, report: "Report") -> None:
+    """The factors from some of the sequences, against all: what it saves and what it changes, for several draws."""
+    sides = [Side("floor", "ours", {"side": "floor"}), engine_side("1", factor_fraction=1.0)]
+    sides += [engine_side(f"{fraction:g}", factor_fraction=fraction) for fraction in args.fractions if fraction != 1]
+    answers: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
+    for draw in range(args.draws):
+        # One process at a time: several models of this size would crowd each other out of memory.
+        for side in sides:
+            with workers([side], workload.folder, threads) as running:
+                answers[side.name].append(running[side.name].run(seed=draw))
+            print(f"draw {draw} {side.name}: {answers[side.name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    rows, found = [], {}
+    for name, runs in list(answers.items())[2:]:
+        full = answers["1"]
+        for draw, run in enumerate(runs):
+            one = agreement(run["matrix"], full[draw]["matrix"], run["shares"], own_entries(workload))
+            found[f"{name}, draw {draw}"] = asdict(one)
+            cosines = [f"{value:.6f}" for value in (one.cosine, one.alpha_free, one.alpha_centred)]
+            ratio = run["seconds"] / median(answers["floor"])
+            rows.append([name, draw, f"{one.error:.4f}", *cosines, f"{ratio:.2f}"])
+    header = ["factor_fraction", "draw", "largest error / largest entry", "off-diagonal cosine"]
+    header += ["alpha free", "alpha centred", "x floor"]
+    report.section("Factors from fewer sequences", table(header, rows), answers=answers, agreement=found)
+    report.section("Time", timing_table(answers))
+    report.section("Phases", phase_table(answers))
+
+
+# Output
+
+
+class Report:
+    """Markdown to the standard output, and what was measured to a file after every table."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        self.content: dict[str, Any] = {"machine": machine(), "sections": []}
+
+    def describe(self, workload: Workload, args: argparse.Namespace) -> None:
+        """What is about to be measured, where."""
+        sets = {"training": workload.domains, "reference": workload.references}
+        rows = [
+            [kind, name, len(rows), sum(map(len, rows.input_ids)), int(rows.trained_tokens.sum())]
+            for kind, named in sets.items()
+            for name, rows in named.items()
+        ]
+        print(f"{args.model or args.shape or 'W'} on {self.content['machine']}; {workload.dtype} weights")
+        self.content["arguments"] = {key: str(value) for key, value in vars(args).items()}
+        self.section("Sequences", table(["set", "name", "sequences", "tokens", "trained tokens"], rows), sequences=rows)
+
+    def section(self, title: str, text: str, **content: Any) -> None:
+        """A titled table, and what it was made of."""
+        print(f"\n**{title}**\n\n{text}", flush=True)
+        self.content["sections"].append({"title": title, **content})
+        if self.file:
+            self.file.write_text(json.dumps(self.content, indent=1))
+
+
+def machine() -> str:
+    """The processor or GPU, and the versions that matter."""
+    name = platform.processor() or platform.machine()
+    processors = Path("/proc/cpuinfo")
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    elif processors.exists():
+        lines = processors.read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} CPUs, torch {torch.__version__}"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
