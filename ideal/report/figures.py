@@ -16,7 +16,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
 from ideal.report.files import Json, RunFiles, number, write_atomically
-from ideal.report.tables import influence_matrix, influence_objective, shorten
+from ideal.report.tables import (
+    doubt,
+    influence_errors,
+    influence_matrix,
+    influence_objective,
+    objective_errors,
+    shorten,
+)
 
 # Okabe and Ito's colours (told apart with every common colour blindness), without black and with a darker
 # yellow; beyond seven names a lighter tone, other markers and hatches take over.
@@ -169,14 +176,18 @@ def influence_figure(run: RunFiles, round_number: int) -> Figure | None:
     rows, objective = list(influence["capabilities"]), influence_objective(run, round_number, form)
     domains = influence["domains"]
     exponent = _exponent(matrix if objective is None else np.vstack([matrix, objective]))
-    size = (max(6.0, 4.2 + 0.85 * len(domains)), 2.5 + 0.44 * (len(rows) + 1))
+    errors = influence_errors(influence, form)
+    height = 0.52 if np.isfinite(errors).any() else 0.44
+    size = (max(6.0, 4.2 + 0.85 * len(domains)), 2.5 + height * (len(rows) + 1))
     figure = Figure(figsize=size, layout="constrained")
     heights = [len(rows)] + [1] * (objective is not None)
     grid = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
-    _heat(figure, grid[0], matrix / 10.0**exponent, rows)
+    unit_size = 10.0**exponent
+    _heat(figure, grid[0], matrix / unit_size, errors / unit_size, rows)
     if objective is not None:
         # Its own colour scale: in the free form it would be a pale average, in a skewed one the only colour.
-        _heat(figure, grid[1], objective[None] / 10.0**exponent, [""])
+        own = objective_errors(influence, form).combined
+        _heat(figure, grid[1], objective[None] / unit_size, own[None] / unit_size, [""])
         grid[1].set_yticks([0], ["objective\n(own colours)"], fontweight="bold")
         grid[0].tick_params(bottom=False, labelbottom=False)
     long_names = max(len(_label(name)) for name in domains) > 9
@@ -187,13 +198,14 @@ def influence_figure(run: RunFiles, round_number: int) -> Figure | None:
     figure.suptitle(
         f"Influence after round {round_number}, {kept}\n"
         f"dL/dbeta in {unit}: the loss changes by beta times this\n"
-        "negative: more of this domain lowers this capability's loss",
+        "negative: more of this domain lowers this capability's loss" + _doubt_note(errors),
         x=0.01, ha="left", fontsize=10.5,
     )  # fmt: skip
     return figure
 
 
-def _heat(figure: Figure, axes: Axes, values: np.ndarray, rows: list[str]) -> None:
+def _heat(figure: Figure, axes: Axes, values: np.ndarray, errors: np.ndarray, rows: list[str]) -> None:
+    """Coloured cells with their values and, where known, their standard errors."""
     limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     limit = limit or 1.0
     # Blue and red differ for every common colour blindness; blue (loss falls) is negative.
@@ -209,12 +221,21 @@ def _heat(figure: Figure, axes: Axes, values: np.ndarray, rows: list[str]) -> No
     axes.set_ylim(values.shape[0] - 0.5, -0.5)
     for (r, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            ink = "white" if abs(value) > 0.6 * limit else INK
-            axes.text(j, r, _signed(value), ha="center", va="center", color=ink, fontsize=9)
+            ink, error = "white" if abs(value) > 0.6 * limit else INK, float(errors[r, j])
+            text = f"{_rounded(value, '+')}{doubt(value, error)}"
+            if math.isfinite(error):
+                text += f"\n±{_rounded(error)}"
+            axes.text(j, r, text, ha="center", va="center", color=ink, fontsize=8.5, linespacing=1.05)
     if values.shape[0] > 1:
         bar = figure.colorbar(image, ax=axes, shrink=0.95, pad=0.02)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=8)
+
+
+def _doubt_note(errors: np.ndarray) -> str:
+    if not np.isfinite(errors).any():
+        return ""
+    return "\n±: standard error of the sampled examples; ?: the sign is uncertain"
 
 
 def _styles(run: RunFiles) -> dict[str, tuple[str, str, str]]:
@@ -234,9 +255,7 @@ def _reference(models: list[tuple[str, Json]], capability: str | None) -> list[f
     return [value for value in map(_value, found) if math.isfinite(value)]
 
 
-def _round_axis(
-    axes: Axes, positions: list[int], labels: list[str], label: str = "round", most: int = 14
-) -> None:
+def _round_axis(axes: Axes, positions: list[int], labels: list[str], label: str = "round", most: int = 14) -> None:
     """Ticks at the rounds, at most `most` of them."""
     shown = range(0, len(positions), math.ceil(len(positions) / most))
     axes.set_xticks([positions[i] for i in shown], [labels[i] for i in shown])
@@ -264,9 +283,9 @@ def _exponent(values: np.ndarray) -> int:
     return 3 * math.floor(math.log10(largest) / 3)
 
 
-def _signed(value: float) -> str:
+def _rounded(value: float, sign: str = "") -> str:
     digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
-    return f"{value:+.{digits}f}".replace("-", "\u2212")
+    return f"{value:{sign}.{digits}f}".replace("-", "\u2212")
 
 
 def _value(value: object) -> float:

@@ -9,6 +9,7 @@ import jinja2
 import numpy as np
 import yaml
 
+from ideal.influence.matrix import NORMAL_95
 from ideal.report import tables
 from ideal.report.figures import draw_figures
 from ideal.report.files import Json, RoundFiles, RunFiles, load_run, number, write_atomically
@@ -80,6 +81,7 @@ def render_page(run: RunFiles, figures: list[str]) -> str:
         phases=tables.phase_table(run),
         folder=str(run.folder.resolve()),
         files=Table("", ["file", "what it holds"], [list(f) for f in files]),
+        interval=NORMAL_95,
         figures={name: _embedded(run.folder / "figures" / f"{name}.svg") for name in figures},
     )
 
@@ -119,17 +121,57 @@ def _round(run: RunFiles, this: RoundFiles) -> Json:
         "free": free,
         "errors": any("±" in cell for row in free.rows for cell in row),
         "fixed": tables.influence_table(run, this.number, "fixed"),
-        "damping": influence.get("damping"),
+        "alpha": tables.alpha_table(run, this.number),
+        "estimator": _estimator(influence),
         "used": _used(influence),
+        "references": _references(influence),
         "seconds": _seconds(influence),
         "layers": _layers(influence),
     }
 
 
+def _estimator(influence: Json) -> list[str]:
+    """How the matrix was estimated, in sentences; what a run did not do or its files do not tell is left out."""
+    found = []
+    damping, sampling = number(influence.get("damping")), influence.get("sampling")
+    if damping is not None:
+        found.append(f"Relative damping {damping:g}.")
+    if isinstance(sampling, str):
+        found.append(sampling)
+    dropped = _as_list(influence.get("dropped_layers"))
+    if dropped:
+        found.append(
+            f"{len(dropped)} of {len(dropped) + len(influence.get('layers') or {})} layers were left out, those "
+            f"whose eigenvalues vary most: {', '.join(map(str, dropped))}."
+        )
+    return found + _solver(influence.get("solver") or {})
+
+
+def _solver(solver: Json) -> list[str]:
+    """What conjugate gradients did, in one sentence; none for the direct solver."""
+    iterations, residuals = number(solver.get("iterations")), _as_list(solver.get("residuals"))
+    if iterations is None:
+        return []
+    last = [v for v in map(number, _as_list(residuals[-1] if residuals else None)) if v is not None]
+    end = f"; relative residuals at the end {min(last):.1e} to {max(last):.1e}" if last else ""
+    return [f"Solved jointly over all layers by conjugate gradients, {iterations:.0f} iterations{end}."]
+
+
 def _used(influence: Json) -> Table:
     sequences, tokens = influence.get("sequences") or {}, influence.get("tokens") or {}
-    rows = [[name, tables.count(n), tables.count(tokens.get(name))] for name, n in sequences.items()]
-    return Table("", ["used", "sequences", "tokens"], rows)
+    factor = influence.get("factor_sequences") or {}
+    header = ["used per domain", "sequences", "tokens"] + ["of these for the factors"] * bool(factor)
+    rows = []
+    for name, found in sequences.items():
+        row = [name, tables.count(found), tables.count(tokens.get(name))]
+        rows.append(row + [tables.count(factor.get(name))] * bool(factor))
+    return Table("", header, rows)
+
+
+def _references(influence: Json) -> Table:
+    sequences, tokens = influence.get("reference_sequences") or {}, influence.get("reference_tokens") or {}
+    rows = [[name, tables.count(found), tables.count(tokens.get(name))] for name, found in sequences.items()]
+    return Table("", ["used per capability", "sequences", "tokens"], rows)
 
 
 def _seconds(influence: Json) -> Table:

@@ -8,10 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from ideal.influence.matrix import NORMAL_95, Errors
 from ideal.report.files import Json, RunFiles, number
 
 WIDTH = 100
 MISSING = "-"
+UNCERTAIN = " ?"
+"""After a number whose 95% interval holds zero."""
+DOUBT = f"zero lies within {NORMAL_95} standard errors, so the sign is uncertain"
 SINGLE_SEED = (
     "These are differences within one run with one seed. Runs that differ in nothing but the seed differ "
     "too: a small change may be noise, and only repeats with other seeds can tell."
@@ -65,7 +69,10 @@ def mixture_table(run: RunFiles, round_number: int, next_mixture: Json | None = 
     this = run.round(round_number)
     following = next_mixture or run.round(round_number + 1).mixture
     domains = this.mixture.get("domains", {})
-    alpha = dict(zip(this.influence.get("domains", []), this.influence.get("alpha") or [], strict=False))
+    names, values = this.influence.get("domains", []), this.influence.get("alpha") or []
+    alpha = dict(zip(names, values, strict=False))
+    doubts = dict(zip(names, map(doubt, values, alpha_errors(this.influence).combined), strict=False))
+    mark = max(map(len, doubts.values()), default=0)
     header = ["domain", "pool", "size", "ratio", "share"]
     header += ["alpha"] * bool(alpha) + ["beta", "next ratio"] * bool(following)
     rows = []
@@ -73,7 +80,7 @@ def mixture_table(run: RunFiles, round_number: int, next_mixture: Json | None = 
         row = [name, count(entry.get("pool")), count(entry.get("size"))]
         row += [ratio(entry.get("ratio")), percent(entry.get("share"))]
         if alpha:
-            row.append(scientific(alpha.get(name)))
+            row.append(scientific(alpha.get(name)) + doubts.get(name, "").ljust(mark))
         if following:
             then = following.get("domains", {}).get(name, {})
             row += [change(then.get("beta")), ratio(then.get("ratio"))]
@@ -180,24 +187,39 @@ def change_table(run: RunFiles) -> Table:
 def influence_table(run: RunFiles, round_number: int, form: str) -> Table:
     """The influence matrix in its `form`, "free" or "fixed": capabilities, then the objective, by domains.
 
-    Entries of the free form carry their standard errors, where they were estimated.
+    Entries carry their standard errors, where they were estimated; an uncertain sign is marked.
     """
     influence = run.round(round_number).influence
     matrix = influence_matrix(influence, form)
     if matrix is None:
         return Table("", [], [])
-    errors = _array(influence.get("standard_errors"), matrix.shape) if form == "free" else None
-    rows = []
-    for r, name in enumerate(influence["capabilities"]):
-        cells = [scientific(value) for value in matrix[r]]
-        if errors is not None:
-            shown = [f" ± {e:.1e}" if np.isfinite(e) else "" for e in errors[r]]
-            cells = [cell + error for cell, error in zip(cells, shown, strict=True)]
-        rows.append([name, *cells])
+    errors = influence_errors(influence, form)
+    rows = [
+        [name, *map(with_error, values, spread)]
+        for name, values, spread in zip(influence["capabilities"], matrix, errors, strict=True)
+    ]
     objective = influence_objective(run, round_number, form)
     if objective is not None:
-        rows.append(["objective", *map(scientific, objective)])
+        rows.append(["objective", *map(with_error, objective, objective_errors(influence, form).combined)])
     return Table("", ["capability", *influence["domains"]], rows)
+
+
+def alpha_table(run: RunFiles, round_number: int) -> Table:
+    """One row per domain: alpha as the step used it, its standard error by source, and whether its sign is known.
+
+    Empty where no error was estimated.
+    """
+    influence = run.round(round_number).influence
+    names, errors = influence.get("domains", []), alpha_errors(influence)
+    alpha = _array(influence.get("alpha"), (len(names),))
+    if alpha is None or not np.isfinite(errors).any():
+        return Table("", [], [])
+    header = ["domain", "alpha", "± training sequences", "± reference rows", "± together", "sign"]
+    rows = []
+    for name, value, *known in zip(names, alpha, *errors, errors.combined, strict=True):
+        certain = MISSING if not np.isfinite(known[-1]) else "uncertain" if doubt(value, known[-1]) else "certain"
+        rows.append([name, scientific(value), *map(plain, known), certain])
+    return Table("", header, rows)
 
 
 def influence_matrix(influence: Json, form: str) -> np.ndarray | None:
@@ -217,6 +239,34 @@ def influence_objective(run: RunFiles, round_number: int, form: str) -> np.ndarr
         return free
     shares = _array(this.influence.get("shares"), (len(domains),))
     return None if free is None or shares is None else free - shares * free.sum()
+
+
+def influence_errors(influence: Json, form: str) -> np.ndarray:
+    """Combined standard errors [R, n] of M in its "free" or "fixed" form; nan where the file has none."""
+    shape = (len(influence.get("capabilities", [])), len(influence.get("domains", [])))
+    found = influence.get("standard_errors")
+    if isinstance(found, list):
+        # Written before errors were told apart by source: those of the free form, combined.
+        old = _array(found, shape) if form == "free" else None
+        return np.full(shape, np.nan) if old is None else old
+    return _errors(influence, "matrix" if form == "free" else "matrix_fixed", shape).combined
+
+
+def objective_errors(influence: Json, form: str) -> Errors:
+    """Standard errors [n] of dQ/dbeta in its "free" or "fixed" form, by source; nan where the file has none."""
+    return _errors(influence, f"objective_{form}", (len(influence.get("domains", [])),))
+
+
+def alpha_errors(influence: Json) -> Errors:
+    """Standard errors [n] of alpha as the step used it, by source; nan where the file has none."""
+    return _errors(influence, "alpha", (len(influence.get("domains", [])),))
+
+
+def _errors(influence: Json, name: str, shape: tuple[int, ...]) -> Errors:
+    found = influence.get("standard_errors")
+    entry = found.get(name) if isinstance(found, dict) else None
+    columns = [_array(entry.get(source), shape) if isinstance(entry, dict) else None for source in Errors._fields]
+    return Errors(*(np.full(shape, np.nan) if column is None else column for column in columns))
 
 
 def phase_table(run: RunFiles) -> Table:
@@ -254,8 +304,11 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
     `next_mixture` (shaped like mixture.json) is the step's result, before the next round has its own file.
     """
     parts = [f"Round {round_number}" + _tokens(run.round(round_number).mixture)]
-    tables = [mixture_table(run, round_number, next_mixture), loss_table(run, round_number)]
-    parts += [as_text(table) for table in tables if table]
+    mixture, losses = mixture_table(run, round_number, next_mixture), loss_table(run, round_number)
+    if mixture:
+        doubtful = any(cell.endswith(UNCERTAIN) for row in mixture.rows for cell in row[1:])
+        parts.append(as_text(mixture) + f"\n{UNCERTAIN.strip()}: {DOUBT}" * doubtful)
+    parts += [as_text(losses)] * bool(losses)
     if len(parts) == 1:
         parts.append("nothing recorded yet")
     best = run.best
@@ -290,9 +343,7 @@ def outcome(run: RunFiles) -> list[str]:
     if len(run.evaluated) == 1:
         lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
     elif best.number == 0:
-        lines = [
-            f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."
-        ]
+        lines = [f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."]
     else:
         lines = [f"Best round: {best.number} of rounds 0 to {last}, by Q on the reference sets."]
     names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
@@ -386,6 +437,26 @@ def scientific(value: Any) -> str:
     """A number of any size with its sign and three digits."""
     found = number(value)
     return MISSING if found is None else f"{found:+.2e}"
+
+
+def plain(value: Any) -> str:
+    """A number of any size with two digits, a standard error for example."""
+    found = number(value)
+    return MISSING if found is None else f"{found:.1e}"
+
+
+def with_error(value: Any, error: Any) -> str:
+    """A number with its standard error, if that is known, and a mark if they leave its sign open."""
+    known = number(error)
+    return scientific(value) if known is None else f"{scientific(value)} ± {plain(known)}{doubt(value, known)}"
+
+
+def doubt(value: Any, error: Any) -> str:
+    """The mark of an uncertain sign, where the 95% interval around `value` is known and holds zero."""
+    found, known = number(value), number(error)
+    if found is None or known is None:
+        return ""
+    return UNCERTAIN if abs(found) <= NORMAL_95 * known else ""
 
 
 def duration(seconds: float) -> str:

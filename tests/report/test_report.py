@@ -13,10 +13,13 @@ import pytest
 import yaml
 
 from ideal.report import final_summary, load_run, render_report, round_table
-from ideal.report.tables import WIDTH, as_text, influence_table, overview_table, shorten
+from ideal.report.figures import influence_figure
+from ideal.report.tables import WIDTH, alpha_table, as_text, influence_table, overview_table, shorten
 
 FIVE = ["math", "coding", "reasoning", "instruction", "trust"]
 NASTY = '<b>&"$x$'
+SOURCES = {"training": 3, "reference": 4}
+"""Where errors come from, and their relative sizes in made-up runs."""
 
 
 def write_run(
@@ -58,8 +61,7 @@ def write_run(
         shares = tokens / tokens.sum()
         columns = zip(domains, pool.tolist(), ratios.tolist(), shares.tolist(), beta.tolist(), strict=True)
         entries = {
-            name: {"pool": p, "size": round(p * r), "ratio": r, "share": s, "beta": b}
-            for name, p, r, s, b in columns
+            name: {"pool": p, "size": round(p * r), "ratio": r, "share": s, "beta": b} for name, p, r, s, b in columns
         }
         mixture = {"round": index, "total_tokens": int(tokens.sum()), "domains": entries}
         write(this / "mixture.json", mixture)
@@ -70,16 +72,29 @@ def write_run(
         beta = -0.15 * alpha / np.abs(alpha).max()
         if influence and index < rounds - 1:
             names = {"domains": domains, "capabilities": capabilities}
+            forms = {"matrix": matrix, "matrix_fixed": fixed, "objective_free": matrix.mean(0)}
+            forms |= {"objective_fixed": fixed.mean(0), "alpha": alpha}
+            # 3 : 4 : 5, so that both together are half of the value, or nine tenths for the last domain.
+            part = np.where(np.arange(len(domains)) == len(domains) - 1, 0.18, 0.1)
+            errors = {
+                name: {source: (times * part * np.abs(values)).tolist() for source, times in SOURCES.items()}
+                for name, values in forms.items()
+            }
             numbers = {
                 "matrix": matrix.tolist(),
                 "matrix_fixed": fixed.tolist(),
                 "alpha": alpha.tolist(),
-                "standard_errors": (0.1 * np.abs(matrix)).tolist(),
+                "standard_errors": errors,
                 "shares": shares.tolist(),
                 "layers": {"layers.0.mlp.down_proj": matrix.tolist()},
                 "first_position_share": {"layers.0.mlp.down_proj": 0.9},
                 "sequences": dict.fromkeys(domains, 100),
+                "factor_sequences": dict.fromkeys(domains, 37),
                 "tokens": dict.fromkeys(domains, 4321),
+                "reference_sequences": dict.fromkeys(capabilities, 64),
+                "reference_tokens": dict.fromkeys(capabilities, 2345),
+                "dropped_layers": ["layers.1.mlp.down_proj"],
+                "solver": {"iterations": 2, "residuals": [[0.5, 0.25], [0.03, 0.002]]},
                 "damping": 0.1,
                 "seconds": {"covariances": 12.3},
             }
@@ -101,6 +116,10 @@ def write_run(
 def write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
+
+
+def _nulls(values: Any) -> Any:
+    return [_nulls(value) for value in values] if isinstance(values, list) else None
 
 
 class Page(HTMLParser):
@@ -188,7 +207,50 @@ def test_both_forms_have_their_objective(tmp_path: Path, budget: str) -> None:
     for form, key in [("free", "matrix"), ("fixed", "matrix_fixed")]:
         *rows, objective = influence_table(run, 0, form).rows
         assert [row[0] for row in rows] == FIVE
-        assert objective == ["objective", *(f"{v:+.2e}" for v in np.mean(influence[key], axis=0))]
+        values = np.mean(influence[key], axis=0)
+        assert [cell.split(" ± ")[0] for cell in objective] == ["objective", *(f"{v:+.2e}" for v in values)]
+
+
+@pytest.mark.parametrize("budget", ["free", "fixed"])
+def test_errors_by_source_and_uncertain_signs(tmp_path: Path, budget: str) -> None:
+    """Errors are half of each value, so that signs are certain, but for the last domain's."""
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2, budget=budget)
+    run = load_run(folder)
+    influence = run.round(0).influence
+    for form, key in [("free", "matrix"), ("fixed", "matrix_fixed")]:
+        *rows, objective = influence_table(run, 0, form).rows
+        for cells, values in zip(rows, influence[key], strict=True):
+            assert cells[1] == f"{values[0]:+.2e} ± {0.5 * abs(values[0]):.1e}"
+            assert cells[5] == f"{values[4]:+.2e} ± {0.9 * abs(values[4]):.1e} ?"
+        assert [" ?" in cell for cell in objective] == [False] * 5 + [True]
+    alpha = alpha_table(run, 0)
+    for (name, *cells), value in zip(alpha.rows, influence["alpha"], strict=True):
+        part = 0.18 if name == "trust" else 0.1
+        expected = [f"{value:+.2e}", *(f"{times * part * abs(value):.1e}" for times in (3, 4, 5))]
+        assert cells == [*expected, "uncertain" if name == "trust" else "certain"]
+    text = round_table(run, 0)
+    assert [name for name in FIVE if re.search(rf"^{name} .*e[+-]\d\d \?", text, re.MULTILINE)] == ["trust"]
+    assert "the sign is uncertain" in text
+    page = Page(render_report(folder).read_text())
+    assert "± reference rows" in page.text and alpha.rows[4] in [row[:6] for row in page.rows]
+
+
+def test_errors_in_the_figure(tmp_path: Path) -> None:
+    run = load_run(write_run(tmp_path / "run", FIVE, FIVE, 2, scale=1.0))
+    figure = influence_figure(run, 0)
+    assert figure is not None
+    texts = [text.get_text() for axes in figure.axes for text in axes.texts]
+    value, last = np.array(run.round(0).influence["matrix"])[0, [0, 4]]
+    shown = [f"{value:+.2f}\n±{0.5 * abs(value):.2f}", f"{last:+.2f} ?\n±{0.9 * abs(last):.2f}"]
+    assert [texts[0], texts[4]] == [text.replace("-", "\u2212") for text in shown]
+    assert len(texts) == 30 and sum("?" in text for text in texts) == 6
+
+
+def test_how_the_matrix_was_estimated(tmp_path: Path) -> None:
+    page = Page(render_report(write_run(tmp_path / "run", FIVE, ["a"], 2)).read_text())
+    assert ["math", "100", "4,321", "37"] in page.rows and ["a", "64", "2,345"] in page.rows
+    assert "1 of 2 layers were left out" in page.text and "layers.1.mlp.down_proj" in page.text
+    assert "2 iterations; relative residuals at the end 2.0e-03 to 3.0e-02" in page.text
 
 
 def test_free_budget_alone_speaks_of_volume(tmp_path: Path) -> None:
@@ -295,10 +357,33 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ["a", "b"], ["a", "b"], 2)
     path = folder / "round_00" / "influence.json"
     influence = json.loads(path.read_text())
-    nan = float("nan")
-    write(path, {**influence, "standard_errors": [[nan, nan], [nan, nan]], "alpha": [nan, nan]})
+    errors, nan = influence["standard_errors"], float("nan")
+    # error_sequences 0: null, as the loop writes what is not a number.
+    unknown = {name: {source: _nulls(entry[source]) for source in SOURCES} for name, entry in errors.items()}
+    write(path, {**influence, "standard_errors": unknown})
     page = Page(render_report(folder).read_text())
-    assert "±:" not in page.text and f"{influence['matrix'][0][0]:+.2e}" in page.text
+    assert "±" not in page.text and "?" not in page.text and f"{influence['matrix'][0][0]:+.2e}" in page.text
+    write(path, {**influence, "standard_errors": unknown, "alpha": [nan, nan]})
+    assert "±" not in Page(render_report(folder).read_text()).text
+    # Of reference rows alone: no error together, and nothing said about signs.
+    half = {name: {**entry, "reference": errors[name]["reference"]} for name, entry in unknown.items()}
+    write(path, {**influence, "standard_errors": half})
+    rows = alpha_table(load_run(folder), 0).rows
+    assert [(row[2], row[4], row[5]) for row in rows] == [("-", "-", "-")] * 2 and rows[0][3] != "-"
+
+
+def test_errors_of_an_older_run(tmp_path: Path) -> None:
+    """Before errors were told apart by source there was one table of them, for the free form."""
+    folder = write_run(tmp_path / "run", ["a", "b"], ["a", "b"], 2)
+    path = folder / "round_00" / "influence.json"
+    influence = json.loads(path.read_text())
+    for key in ("factor_sequences", "reference_sequences", "reference_tokens", "dropped_layers", "solver"):
+        del influence[key]
+    write(path, {**influence, "standard_errors": [[0.5, 0.25], [0.125, 1.0]]})
+    page, run = Page(render_report(folder).read_text()), load_run(folder)
+    assert "± 2.5e-01" in influence_table(run, 0, "free").rows[0][2] and "± 2.5e-01" in page.text
+    assert "±" not in str(influence_table(run, 0, "fixed")) and not alpha_table(run, 0)
+    assert "conjugate" not in page.text and "left out, those" not in page.text
 
 
 @pytest.mark.parametrize(("count", "rounds", "scale"), [(2, 1, 1.0), (12, 12, 1e-9), (3, 2, 0.0)])
