@@ -64,6 +64,21 @@ def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
     return tensor
 
 
+def exchange(tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+    """Sends `tensors[r]` (flat) to every rank r; returns what the ranks sent here, `counts[r]` numbers from r."""
+    sent = torch.cat(tensors)
+    received = sent.new_empty(sum(counts))
+    # As bytes, since gloo does not know every data type.
+    size = sent.element_size()
+    dist.all_to_all_single(
+        received.view(torch.uint8),
+        sent.view(torch.uint8),
+        [count * size for count in counts],
+        [len(tensor) * size for tensor in tensors],
+    )
+    return list(received.split(counts))
+
+
 def all_gather_objects(value: Result) -> list[Result]:
     """Every rank's `value`, in the order of ranks (small things: they are pickled among our own processes)."""
     if not is_initialized():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from ideal.config import Config
 from ideal.data import Data
 from ideal.distributed import world_size
-from ideal.influence.engine import partitions, statistics_bytes, tracked_layers
+from ideal.influence.layers import deal_out, lay_out, peak_bytes, shared_inputs, tracked_layers
 from ideal.mixers import MIXERS
 from ideal.mixture import Mixture
 from ideal.model import DTYPES, checkpoint_config, stored_dtype, with_adapters
@@ -63,12 +63,10 @@ def estimate(config: Config, data: Data, mixture: Mixture, arguments: TrainingAr
 
 def _outer_step(config: Config, data: Data, model: torch.nn.Module) -> str:
     layers = tracked_layers(model, config.influence.layers)
-    domains, capabilities = len(data.pools), len(data.references)
-    parts = partitions(layers, config.influence, domains, capabilities, 4)
-    largest = max(
-        sum(statistics_bytes(layer, config.influence, domains, capabilities, 4) for layer in part.values())
-        for part in parts
-    )
+    groups = shared_inputs(model, layers, torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    owners, sizes = deal_out(groups, world_size()), (len(data.pools), len(data.references), 4)
+    parts = lay_out(groups, owners, config.influence, *sizes).gradient_parts
+    largest = peak_bytes(groups, owners, config.influence, *sizes)
     in_parts = f" in {len(parts)} parts" if len(parts) > 1 else ""
     return f"outer step about {gigabytes(largest)} of statistics for {len(layers)} layers{in_parts} and the model"
 

@@ -14,14 +14,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SUM_CHUNK = 2**18
+"""Entries of a gradient that are held in float64 at a time."""
+
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [k] (float64, none negative) and eigenvectors [k, k] (columns, in `matrix`'s data type).
 
-    The matrix is symmetrised and decomposed in float64.
+    Decomposed in float64; of the symmetric matrix, only what is on and above the diagonal is read.
     """
-    double = matrix.double()
-    values, vectors = torch.linalg.eigh((double + double.mT) / 2)
+    values, vectors = torch.linalg.eigh(matrix.double(), UPLO="U")
     return values.clamp_min(0.0), vectors.to(matrix.dtype)
 
 
@@ -36,6 +38,12 @@ def kfac_eigenvalues(values_O: Tensor, values_I: Tensor, positions: float, token
 def damped(eigenvalues_OI: Tensor, damping: float) -> Tensor:
     """Lambda + damping x mean(Lambda), [O, I]: the eigenvalues of H + D."""
     return eigenvalues_OI + damping * eigenvalues_OI.mean()
+
+
+def inner_products(left_KOI: Tensor, right_LOI: Tensor) -> Tensor:
+    """<left_k, right_l>, [K, L], summed in float64."""
+    pieces = zip(left_KOI.flatten(1).split(SUM_CHUNK, 1), right_LOI.flatten(1).split(SUM_CHUNK, 1), strict=True)
+    return torch.stack([left.double() @ right.double().mT for left, right in pieces]).sum(0)
 
 
 @dataclass(frozen=True)

@@ -264,9 +264,7 @@ class _Products:
         self.direction = None
         logits_NV = self._logits()
         p_NV = logits_NV.detach().softmax(dim=-1)
-        weights_N = torch.zeros(batch.input_ids.numel(), dtype=self.dtype, device=self.device)
-        weights_N[batch.index] = batch.position_weights.to(self.dtype)
-        wp_NV = p_NV * weights_N.index_select(0, batch.trained)[:, None]
+        wp_NV = p_NV * batch.label_weights.to(self.dtype)[:, None]
         for number, (self.direction, self.product) in enumerate(zip(directions, products, strict=True)):
             tangent_NV = self._tangent()
             # w (diag p - p p^T) t = w p (t - <p, t>)
@@ -276,7 +274,7 @@ class _Products:
     def _logits(self) -> Tensor:
         """[N, vocabulary] at the trained positions."""
         batch = self.batch
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
+        output = self.model(input_ids=batch.input_ids, use_cache=False)
         logits = output.logits.flatten(0, -2)
         # The last layer has already been given the trained positions alone, if it is an ordinary one.
         return (logits if self.head in self.linear else logits.index_select(0, batch.trained)).to(self.dtype)
@@ -307,7 +305,7 @@ class _Products:
                     f"influence.layers: {name} does not see every position of a batch (is it an expert that"
                     " tokens are routed to?), so its gradients cannot be told apart: leave it out"
                 )
-            flat = flat.index_select(0, self.batch.index)
+            flat = flat if self.batch.index is None else flat.index_select(0, self.batch.index)
         return flat.to(self.dtype)
 
 

@@ -1,8 +1,9 @@
 """What a forward and backward pass over sequences tells about the tracked linear layers.
 
 Every position of a sequence gives a layer a pair (x, d): its input, and the gradient of the *summed*
-token loss with respect to its output. Hooks hand each pair, once, to the accumulators of the pass.
-Parameters are frozen: no weight gradient is ever computed, a sequence's gradient is sum d x^T.
+token loss with respect to its output. Hooks hand each pair, once, to the accumulators of the pass, on
+the rank that owns the layer. Parameters are frozen: no weight gradient is ever computed, a sequence's
+gradient is sum d x^T.
 
 Suffixes: B sequences of a batch, N their positions laid end to end (no padding), I in, O out,
 K directions.
@@ -10,7 +11,7 @@ K directions.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,77 +19,99 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ideal.distributed import all_reduce_
+from ideal.distributed import exchange, rank, world_size
 from ideal.errors import UserError
+from ideal.influence.layers import Group
+from ideal.influence.products import Products
 
 CDF_CHUNK = 256
 """Positions whose distribution is held in float64 at a time when labels are drawn."""
-
-
-class Examples(Protocol):
-    """A set of encoded examples; `ideal.data.ExampleSet` is one."""
-
-    @property
-    def positions(self) -> np.ndarray:
-        """[rows] index of the last trained label: the positions before it carry statistics."""
-
-    @property
-    def trained_tokens(self) -> np.ndarray:
-        """[rows] labels that are not masked."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, row: int) -> dict[str, Any]:
-        """`input_ids` and `labels`, lists of int of the same length; labels[i] is input_ids[i] or -100."""
+SCORE_CHUNK = 8
+"""Sequences whose gradients are held at a time when they are scored."""
+OUTBOX_BYTES = 2**28
+"""Pairs that may wait on a rank before they go to the layers' owners."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences of one set, right padded to S tokens, and where their positions and labels are."""
+class Positions:
+    """The positions of all ranks' batches of one step, laid end to end: whose they are, and what they count."""
 
     set_index: int
-    input_ids: Tensor
-    """[B, S]"""
-    attention_mask: Tensor
-    """[B, S], from lengths."""
     sizes: list[int]
     """[B] positions of each sequence; N is their sum."""
     weights: list[float]
     """[B] how often a sequence counts."""
     slots: list[int]
     """[B] the sequences' numbers within their set."""
-    index: Tensor
-    """[N] where the positions are in B x S."""
+    ranks: list[int]
+    """[ranks] how many of the N positions each rank has."""
     position_weights: Tensor
     """[N] the weight of each position's sequence."""
     starts: Tensor
     """[B] where the sequences begin in N."""
+
+    def sequences(self, x_NI: Tensor, d_NO: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each sequence's part of x and d."""
+        return zip(x_NI.split(self.sizes), d_NO.split(self.sizes), strict=True)
+
+    def weighted(self, tensor: Tensor) -> tuple[Tensor, float]:
+        """(t, a) such that a t is the tensor [N, any] times its positions' weights."""
+        if len(set(self.weights)) == 1:
+            return tensor, self.weights[0]
+        return tensor * self.position_weights[:, None], 1.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's sequences of a step, right padded to S tokens, and where their positions and labels are."""
+
+    input_ids: Tensor
+    """[B, S]"""
+    index: Tensor | None
+    """[n] where the positions are in B x S; None: everywhere."""
     trained: Tensor
     """[trained tokens] where the positions that predict a trained label are in B x S."""
     targets: Tensor
     """[trained tokens] those labels."""
+    label_weights: Tensor
+    """[trained tokens] the weight of each label's sequence."""
     uniforms: Tensor | None
     """[trained tokens] in [0, 1), float64: what labels are drawn with; None: they are not."""
+    positions: Positions
+    """Those of all ranks."""
 
-    def sequence_gradients(self, x_NI: Tensor, d_NO: Tensor) -> Iterator[Tensor]:
-        """G = sum of d x^T over the positions of each sequence, [O, I] B times."""
-        for x, d in zip(x_NI.split(self.sizes), d_NO.split(self.sizes), strict=True):
-            yield d.mT @ x
+
+def make_positions(
+    set_index: int, per_rank: Sequence[Sequence[tuple[int, float, int]]], device: torch.device, dtype: torch.dtype
+) -> Positions:
+    """per_rank: for each rank the (positions, weight, slot) of its sequences."""
+    every = [sequence for sequences in per_rank for sequence in sequences]
+    lengths = np.array([size for size, _, _ in every])
+    weights = np.array([weight for _, weight, _ in every])
+    return Positions(
+        set_index=set_index,
+        sizes=[size for size, _, _ in every],
+        weights=[weight for _, weight, _ in every],
+        slots=[slot for _, _, slot in every],
+        ranks=[sum(size for size, _, _ in sequences) for sequences in per_rank],
+        position_weights=_tensor(np.repeat(weights, lengths), device, dtype),
+        starts=_tensor(np.cumsum(lengths) - lengths, device),
+    )
 
 
 def make_batch(
-    set_index: int,
     rows: Sequence[dict[str, Any]],
     sizes: Sequence[int],
     weights: Sequence[float],
-    slots: Sequence[int],
     uniforms: Sequence[np.ndarray] | None,
+    positions: Positions,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Batch:
     """Cuts each row to its first `size` tokens, which predict labels 1 to `size`, and pads on the right.
 
-    All indices are made from lengths on the host, so the device never waits for them.
+    All indices are made from lengths on the host, so the device never waits for them. No mask is needed: in a
+    causal model nothing that counts sees what comes after it.
     """
     padded = max(sizes)
     # Any id will do as padding: no statistic and, in a causal model, no earlier position sees it.
@@ -97,27 +120,21 @@ def make_batch(
     for number, (row, size) in enumerate(zip(rows, sizes, strict=True)):
         input_ids[number, :size] = row["input_ids"][:size]
         labels[number, :size] = row["labels"][1 : size + 1]
-    lengths = np.asarray(sizes)
-    valid = np.arange(padded) < lengths[:, None]
+    valid = np.arange(padded) < np.asarray(sizes)[:, None]
     trained = np.flatnonzero(labels != -100)
-
-    def tensor(array: np.ndarray, to: torch.dtype = torch.int64) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=to, non_blocking=True)
-
     return Batch(
-        set_index=set_index,
-        input_ids=tensor(input_ids),
-        attention_mask=tensor(valid),
-        sizes=list(sizes),
-        weights=list(weights),
-        slots=list(slots),
-        index=tensor(np.flatnonzero(valid)),
-        position_weights=tensor(np.repeat(np.asarray(weights, dtype=np.float64), lengths), dtype),
-        starts=tensor(np.cumsum(lengths) - lengths),
-        trained=tensor(trained),
-        targets=tensor(labels.reshape(-1)[trained]),
-        uniforms=None if uniforms is None else tensor(np.concatenate(uniforms), torch.float64),
+        input_ids=_tensor(input_ids, device),
+        index=None if valid.all() else _tensor(np.flatnonzero(valid), device),
+        trained=_tensor(trained, device),
+        targets=_tensor(labels.reshape(-1)[trained], device),
+        label_weights=_tensor(np.asarray(weights)[trained // padded], device, dtype),
+        uniforms=None if uniforms is None else _tensor(np.concatenate(uniforms), device, torch.float64),
+        positions=positions,
     )
+
+
+def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
 
 
 @contextmanager
@@ -153,107 +170,145 @@ def _recomputes(module: nn.Module) -> bool:
 
     Such a block alone (not what is inside it) is left in training mode, unless it drops out by itself.
     """
-    drops = any(
-        "drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items()
-    )
+    drops = any("drop" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
     return bool(getattr(module, "gradient_checkpointing", False)) and not drops
 
 
 class Accumulator(Protocol):
-    """Sums something over all (x, d) pairs of a pass."""
+    """Sums something over all (x, d) pairs of a pass, for the layers that this rank owns."""
 
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-
-    def reduce_(self) -> None:
-        """Adds up all ranks' sums, in place."""
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions at the layers of a group: their input, and d_NO of each."""
 
 
-class Sums:
-    """One tensor of sums per layer."""
+class InputCovariance:
+    """sum w x x^T per group, [I, I]; only the upper triangle is filled."""
+
+    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
+        self.sums, self.products = sums, products
+
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions."""
+        self.products.add_square_(self.sums[group.name], x_NI, *positions.weighted(x_NI))
+
+
+class OutputCovariance:
+    """sum w d d^T per layer, [O, O]; only the upper triangle is filled."""
+
+    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
+        self.sums, self.products = sums, products
+
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions."""
+        for name, d_NO in outputs.items():
+            self.products.add_square_(self.sums[name], d_NO, *positions.weighted(d_NO))
+
+
+class InputNorms:
+    """sum w |x|^2 over first positions and over all positions, per group, [2]."""
 
     def __init__(self, sums: dict[str, Tensor]) -> None:
         self.sums = sums
 
-    def reduce_(self) -> None:
-        """Adds up all ranks' sums, in place."""
-        for tensor in self.sums.values():
-            all_reduce_(tensor)
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions."""
+        total = self.sums[group.name]
+        norms_N = torch.linalg.vector_norm(x_NI, dim=1, dtype=total.dtype).square() * positions.position_weights
+        total += torch.stack([norms_N[positions.starts].sum(), norms_N.sum()])
 
 
-class InputCovariance(Sums):
-    """sum w x x^T, [I, I]."""
+class Gradients:
+    """sum w d x^T for each set and layer, [sets, O, I]."""
 
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-        self.sums[layer].addmm_((x_NI * batch.position_weights[:, None]).mT, x_NI)
+    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
+        self.sums, self.products = sums, products
 
-
-class OutputCovariance(Sums):
-    """sum w d d^T, [O, O]."""
-
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-        self.sums[layer].addmm_((d_NO * batch.position_weights[:, None]).mT, d_NO)
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions."""
+        weighted_NI, factor = positions.weighted(x_NI)
+        for name, d_NO in outputs.items():
+            self.products.add_(self.sums[name][positions.set_index], d_NO, weighted_NI, factor)
 
 
-class InputNorms(Sums):
-    """sum w |x|^2 over first positions and over all positions, [2]."""
-
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-        norms_N = x_NI.square().sum(dim=1) * batch.position_weights
-        self.sums[layer] += torch.stack([norms_N[batch.starts].sum(), norms_N.sum()])
-
-
-class Gradients(Sums):
-    """sum w d x^T for each set, [sets, O, I]."""
-
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-        self.sums[layer][batch.set_index].addmm_((d_NO * batch.position_weights[:, None]).mT, x_NI)
-
-
-class Eigenvalues(Sums):
-    """sum over sequences of w (Q_S^T G Q_A)^2, entry by entry, [O, I]."""
+class Eigenvalues:
+    """sum over sequences of w (Q_S^T G Q_A)^2 per layer, entry by entry, [O, I]."""
 
     def __init__(
-        self, sums: dict[str, Tensor], bases: Mapping[str, tuple[Tensor | None, Tensor | None]]
+        self,
+        sums: dict[str, Tensor],
+        bases: Mapping[str, tuple[Tensor | None, Tensor | None]],
+        products: Products,
+        gradients: dict[str, Tensor] | None,
     ) -> None:
-        """`bases`: per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity."""
-        super().__init__(sums)
-        self.bases = bases
+        """Args:
+        bases: per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity. Layers of a group share Q_A.
+        gradients: per layer [sets, O, I]; takes up sum w Q_S^T G Q_A, which costs next to nothing here.
+        """
+        self.sums, self.products, self.gradients = sums, products, gradients
+        self.bases = {
+            name: (self.products.basis(basis_O), self.products.basis(basis_I))
+            for name, (basis_O, basis_I) in bases.items()
+        }
 
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's positions at one layer."""
-        basis_O, basis_I = self.bases[layer]
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's positions."""
         # Rotating positions is cheaper than rotating gradients: sequences are shorter than layers are wide.
-        x_NI = x_NI if basis_I is None else x_NI @ basis_I
-        d_NO = d_NO if basis_O is None else d_NO @ basis_O
-        for gradient_OI, weight in zip(batch.sequence_gradients(x_NI, d_NO), batch.weights, strict=True):
-            self.sums[layer].addcmul_(gradient_OI, gradient_OI, value=weight)
+        x_NI = self.products.rotate(x_NI, self.bases[group.name][1])
+        for name, d_NO in outputs.items():
+            d_NO = self.products.rotate(d_NO, self.bases[name][0])
+            gradient = None if self.gradients is None else self.gradients[name][positions.set_index]
+            for (x, d), weight in zip(positions.sequences(x_NI, d_NO), positions.weights, strict=True):
+                gradient_OI = self.products.outer(d, x)
+                self.sums[name].addcmul_(gradient_OI, gradient_OI, value=weight)
+                if gradient is not None:
+                    gradient.add_(gradient_OI, alpha=weight)
 
 
 class Scores:
-    """<G_i, V_k> of each sequence i and direction k, summed over layers; [sequences, K] per set."""
+    """<G_i, V_k> of each picked sequence i and direction k, summed over layers; [sequences, K] per set."""
 
-    def __init__(self, scores: list[Tensor], directions: dict[str, Tensor]) -> None:
-        """`scores`: per set, what is added to, float64. `directions`: per layer V [K, O, I]."""
-        self.scores = scores
-        self.directions = directions
+    def __init__(
+        self,
+        scores: list[Tensor],
+        picked: list[set[int]],
+        directions: dict[str, Tensor],
+        products: Products,
+        streams: dict[str, Tensor] | None = None,
+    ) -> None:
+        """Args:
+        scores: per set what is added to, a row per slot, float64.
+        picked: per set the slots that are scored.
+        directions: per layer V [K, O, I].
+        streams: per layer [K, sets], float64; takes up sum w <G_i, V_k>.
+        """
+        self.scores, self.picked, self.directions, self.products = scores, picked, directions, products
+        self.streams = streams
 
-    def add(self, layer: str, x_NI: Tensor, d_NO: Tensor, batch: Batch) -> None:
-        """Adds a batch's sequences at one layer."""
-        flat = self.directions[layer].flatten(1)
-        scores = self.scores[batch.set_index]
-        gradients = batch.sequence_gradients(x_NI, d_NO)
-        for gradient_OI, weight, slot in zip(gradients, batch.weights, batch.slots, strict=True):
-            scores[slot] += weight * (flat @ gradient_OI.flatten()).to(scores.dtype)
-
-    def reduce_(self) -> None:
-        """Adds up all ranks' scores, in place."""
-        for tensor in self.scores:
-            all_reduce_(tensor)
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's sequences."""
+        picked = self.picked[positions.set_index]
+        # A sequence of weight zero is a filler that another step scores.
+        chosen = [
+            number
+            for number, (slot, weight) in enumerate(zip(positions.slots, positions.weights, strict=True))
+            if slot in picked and weight
+        ]
+        scores = self.scores[positions.set_index]
+        for name, d_NO in outputs.items():
+            pairs = list(positions.sequences(x_NI, d_NO))
+            flat = self.directions[name].flatten(1)
+            for start in range(0, len(chosen), SCORE_CHUNK):
+                part = chosen[start : start + SCORE_CHUNK]
+                gradients = torch.stack([self.products.outer(pairs[number][1], pairs[number][0]) for number in part])
+                found = (gradients.flatten(1) @ flat.mT).to(scores.dtype)
+                scores.index_add_(
+                    0, _tensor(np.array([positions.slots[number] for number in part]), scores.device), found
+                )
+                if self.streams is not None:
+                    weights = _tensor(
+                        np.array([positions.weights[number] for number in part]), scores.device, scores.dtype
+                    )
+                    self.streams[name][:, positions.set_index] += weights @ found
 
 
 class _Capture(torch.autograd.Function):
@@ -276,23 +331,40 @@ class _Capture(torch.autograd.Function):
         return gradients[0], None, None
 
 
-class Tracker:
-    """Runs batches through a model and hands the (x, d) pairs of its tracked layers to accumulators."""
+@dataclass
+class _Pairs:
+    """What the layers of a group have handed over so far in a backward pass."""
 
-    def __init__(self, model: nn.Module, layers: dict[str, nn.Linear], dtype: torch.dtype) -> None:
-        """`dtype`: what losses and statistics are computed in; float32, or float64 for a float64 model."""
-        self.model = model
-        self.layers = layers
-        self.dtype = dtype
+    x: Tensor
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Tracker:
+    """Runs batches through a model and hands the (x, d) pairs of its tracked layers to their owners."""
+
+    def __init__(
+        self, model: nn.Module, groups: Sequence[Group], owners: Mapping[str, int], dtype: torch.dtype
+    ) -> None:
+        """Args:
+        owners: the rank of each group, by its name.
+        dtype: what losses are computed in; float32, or float64 for a float64 model.
+        """
+        self.model, self.groups, self.owners, self.dtype = model, groups, owners, dtype
+        self.layers = {name: layer for group in groups for name, layer in group.layers.items()}
+        self.group_of = {name: group for group in groups for name in group.layers}
         self.batch: Batch
         self.accumulators: Sequence[Accumulator] = ()
+        self.pending: dict[str, _Pairs] = {}
+        self.outbox: list[tuple[Group, _Pairs]] = []
+        self.selected = False
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Hooks on the tracked layers, for as long as it lasts."""
-        handles = [
-            layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()]
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if head is not None and not any(head is layer for layer in self.layers.values()):
+            handles.append(head.register_forward_pre_hook(self._select))
         try:
             yield
         finally:
@@ -307,18 +379,36 @@ class Tracker:
             true: what sees the gradients of the loss on the examples' own labels.
             sampled: what sees those of labels drawn from the model's distribution (its true Fisher).
         """
-        self.batch = batch
-        output = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = output.logits.flatten(0, 1).index_select(0, batch.trained).to(self.dtype)
+        logits = self.logits(batch)
         if true:
-            self.accumulators = true
             loss = nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
-            loss.backward(retain_graph=bool(sampled))
+            self.backward(loss, true, retain_graph=bool(sampled))
         if sampled:
-            self.accumulators = sampled
             assert batch.uniforms is not None
             drawn = draw_labels(logits.detach(), batch.uniforms)
-            nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+            self.backward(nn.functional.cross_entropy(logits, drawn, reduction="sum"), sampled)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[trained tokens, vocabulary], those of the positions that predict a trained label."""
+        self.batch, self.selected = batch, False
+        logits = self.model(input_ids=batch.input_ids, use_cache=False).logits.flatten(0, 1)
+        return (logits if self.selected else logits.index_select(0, batch.trained)).to(self.dtype)
+
+    def backward(self, loss: Tensor, accumulators: Sequence[Accumulator], retain_graph: bool = False) -> None:
+        """Hands the pairs that `loss` gives to the accumulators."""
+        self.accumulators = accumulators
+        loss.backward(retain_graph=retain_graph)
+        # Layers of a group that had no part in the loss keep it waiting.
+        for name in list(self.pending):
+            self._complete(self.group_of[name])
+        self._deliver()
+
+    def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Logits are computed where a label is trained, and nowhere else."""
+        if args[0].shape[:2] != self.batch.input_ids.shape:
+            return None
+        self.selected = True
+        return args[0].flatten(0, 1).index_select(0, self.batch.trained)[None], *args[1:]
 
     def _forward(self, name: str, module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor:
         if output.shape[:-1].numel() != self.batch.input_ids.numel():
@@ -330,11 +420,66 @@ class Tracker:
 
     @torch.no_grad()
     def _receive(self, name: str, x: Tensor, d: Tensor) -> None:
-        index = self.batch.index
-        x_NI = x.reshape(-1, x.shape[-1]).index_select(0, index).to(self.dtype)
-        d_NO = d.reshape(-1, d.shape[-1]).index_select(0, index).to(self.dtype)
+        group = self.group_of[name]
+        if group.name not in self.pending:
+            self.pending[group.name] = _Pairs(self._at_positions(x))
+        pairs = self.pending[group.name]
+        pairs.outputs[name] = self._at_positions(d)
+        if len(pairs.outputs) == len(group.layers):
+            self._complete(group)
+
+    def _at_positions(self, tensor: Tensor) -> Tensor:
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        return flat if self.batch.index is None else flat.index_select(0, self.batch.index)
+
+    def _complete(self, group: Group) -> None:
+        pairs = self.pending.pop(group.name)
+        if world_size() == 1:
+            self._accumulate(group, pairs)
+            return
+        self.outbox.append((group, pairs))
+        # A function of what all ranks know, so that all send at the same time.
+        waiting = sum(_width(group, pairs) for group, pairs in self.outbox) * max(self.batch.positions.ranks)
+        if waiting * pairs.x.element_size() > OUTBOX_BYTES:
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Sends the waiting pairs to their owners, and accumulates what arrives."""
+        if not self.outbox:
+            return
+        sent: list[list[Tensor]] = [[] for _ in range(world_size())]
+        for group, pairs in self.outbox:
+            sent[self.owners[group.name]] += [tensor.flatten() for tensor in (pairs.x, *pairs.outputs.values())]
+        mine = [(group, pairs) for group, pairs in self.outbox if self.owners[group.name] == rank()]
+        width = sum(_width(group, pairs) for group, pairs in mine)
+        counts, like = [count * width for count in self.batch.positions.ranks], self.outbox[0][1].x
+        arrived = exchange([torch.cat(parts) if parts else like.new_empty(0) for parts in sent], counts)
+        self.outbox.clear()
+        offsets = [0] * world_size()
+        for group, pairs in mine:
+            self._accumulate(group, self._unpack(arrived, offsets, group, pairs))
+
+    def _unpack(self, arrived: list[Tensor], offsets: list[int], group: Group, pairs: _Pairs) -> _Pairs:
+        """All ranks' pairs of a group, laid end to end; moves the offsets on."""
+        widths = [group.width, *(group.outputs[name] for name in pairs.outputs)]
+        tensors = []
+        for width in widths:
+            parts = []
+            for number, count in enumerate(self.batch.positions.ranks):
+                start = offsets[number]
+                offsets[number] += count * width
+                parts.append(arrived[number][start : offsets[number]].view(count, width))
+            tensors.append(torch.cat(parts))
+        return _Pairs(tensors[0], dict(zip(pairs.outputs, tensors[1:], strict=True)))
+
+    def _accumulate(self, group: Group, pairs: _Pairs) -> None:
         for accumulator in self.accumulators:
-            accumulator.add(name, x_NI, d_NO, self.batch)
+            accumulator.add(group, pairs.x, pairs.outputs, self.batch.positions)
+
+
+def _width(group: Group, pairs: _Pairs) -> int:
+    """Numbers per position."""
+    return group.width + sum(group.outputs[name] for name in pairs.outputs)
 
 
 @torch.no_grad()

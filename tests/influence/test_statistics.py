@@ -6,6 +6,8 @@ import torch
 from tiny import Rows, layer_pairs, sequence_gradients, tiny_llama, toy_rows, weights_of
 
 from ideal.errors import UserError
+from ideal.influence.layers import shared_inputs
+from ideal.influence.products import Products
 from ideal.influence.statistics import (
     Eigenvalues,
     Gradients,
@@ -17,37 +19,59 @@ from ideal.influence.statistics import (
     draw_labels,
     frozen,
     make_batch,
+    make_positions,
 )
 
 CPU = torch.device("cpu")
 WEIGHTS = [1.0, 2.0, 0.5, 3.0, 1.0, 0.25]
 
 
+EXACTLY = Products(torch.float64, bf16=False)
+
+
 def batch_of(rows, weights=WEIGHTS, uniforms=None):
-    return make_batch(
-        0, rows.rows, rows.positions.tolist(), weights, list(range(len(rows))), uniforms, CPU, torch.float64
-    )
+    sizes = rows.positions.tolist()
+    slots = range(len(rows))
+    positions = make_positions(0, [list(zip(sizes, weights, slots, strict=False))], CPU, torch.float64)
+    weights = list(weights)[: len(rows)]
+    return make_batch(rows.rows, sizes, weights, uniforms, positions, CPU, torch.float64)
 
 
 def zeros(model, shape):
     return {name: torch.zeros(shape(*w.shape), dtype=torch.float64) for name, w in weights_of(model).items()}
 
 
-def gather(model, rows, weights=WEIGHTS, batches=1):
+def tracker_of(model, names=None):
+    layers = {name: model.get_submodule(name) for name in names or weights_of(model)}
+    groups = shared_inputs(model, layers, torch.tensor([[1, 2, 3]]))
+    return Tracker(model, groups, {group.name: 0 for group in groups}, torch.float64)
+
+
+def gather(model, rows, weights=WEIGHTS):
     """A, S, gradient, squared sequence gradients and input norms of all layers, from the package."""
     sums = {
-        "A": InputCovariance(zeros(model, lambda o, i: (i, i))),
-        "S": OutputCovariance(zeros(model, lambda o, i: (o, o))),
-        "G": Gradients(zeros(model, lambda o, i: (1, o, i))),
+        "A": InputCovariance(zeros(model, lambda o, i: (i, i)), EXACTLY),
+        "S": OutputCovariance(zeros(model, lambda o, i: (o, o)), EXACTLY),
+        "G": Gradients(zeros(model, lambda o, i: (1, o, i)), EXACTLY),
         "squares": Eigenvalues(
-            zeros(model, lambda o, i: (o, i)), dict.fromkeys(weights_of(model), (None, None))
+            zeros(model, lambda o, i: (o, i)), dict.fromkeys(weights_of(model), (None, None)), EXACTLY,
+            zeros(model, lambda o, i: (1, o, i)),
         ),
         "norms": InputNorms(zeros(model, lambda o, i: (2,))),
-    }
-    tracker = Tracker(model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64)
+    }  # fmt: skip
+    tracker = tracker_of(model)
     with frozen(model), tracker.hooked():
         tracker.run(batch_of(rows, weights), list(sums.values()), [])
-    return {key: accumulator.sums for key, accumulator in sums.items()}
+    found = {key: accumulator.sums for key, accumulator in sums.items()}
+    for key in ("A", "S"):
+        # Only the upper triangle is filled.
+        found[key] = {name: total.triu() + total.triu(1).mT for name, total in found[key].items()}
+    for group in tracker.groups:
+        for name in group.layers:
+            for key in ("A", "norms"):
+                found[key][name] = found[key][group.name]
+    found["rotated"] = sums["squares"].gradients
+    return found
 
 
 @pytest.fixture
@@ -66,13 +90,68 @@ def test_sums_are_those_of_a_loop_over_sequences(world, rows):
         first = sum(w * xs[0] @ xs[0] for w, (xs, _) in zip(WEIGHTS, pairs, strict=True))
         torch.testing.assert_close(found["A"][name], A, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(found["S"][name], S, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            found["G"][name][0], (weights * gradients[name]).sum(0), rtol=1e-11, atol=1e-12
-        )
+        torch.testing.assert_close(found["G"][name][0], (weights * gradients[name]).sum(0), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(
             found["squares"][name], (weights * gradients[name] ** 2).sum(0), rtol=1e-11, atol=1e-12
         )
+        torch.testing.assert_close(found["rotated"][name], found["G"][name], rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(found["norms"][name], torch.stack([first, A.trace()]))
+
+
+def test_layers_that_read_the_same_tensor_share_a_group():
+    model = tiny_llama(layers=2)
+    names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    groups = shared_inputs(model, {name: model.get_submodule(name) for name in names}, torch.tensor([[1, 2, 3]]))
+    shared = [sorted(name.split(".")[-1] for name in group.layers) for group in groups]
+    block = [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+    assert shared == [*block, *block, ["lm_head"]]
+
+
+def test_logits_are_computed_where_labels_are_trained(world, rows):
+    """The head sees nothing else, unless it is tracked itself."""
+    seen = []
+    tracker = tracker_of(world.model)
+    with frozen(world.model), tracker.hooked():
+        handle = world.model.lm_head.register_forward_hook(lambda m, args, output: seen.append(output.shape[:-1]))
+        found = tracker.logits(batch_of(rows))
+        handle.remove()
+    assert seen == [(1, sum(rows.trained_tokens))]
+    ids = [torch.tensor([row["input_ids"]]) for row in rows.rows]
+    wanted = [torch.tensor(row["labels"][1:]) != -100 for row in rows.rows]
+    expected = [world.model(input_ids=i).logits[0, :-1][w] for i, w in zip(ids, wanted, strict=True)]
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    model = tiny_llama(layers=2)
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    layers = {"model.layers.0.mlp.up_proj": model.model.layers[0].mlp.up_proj}
+    with pytest.raises(UserError, match="up_proj runs several times"):
+        shared_inputs(model, layers, torch.tensor([[1, 2, 3]]))
+
+
+@pytest.mark.parametrize("size", [100, 300, 700])
+def test_squares_fill_the_upper_triangle(size):
+    """Blocks of any number; in bfloat16 an entry is off by at most the inputs' rounding, 2^-8 of sum |a b|."""
+    x = torch.randn(50, size, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(50, 1, generator=torch.Generator().manual_seed(1))
+    expected = 0.5 * (x.double().mT @ (x * weights).double())
+    bound = 0.5 * (x.abs().mT @ (x * weights).abs())
+    for bf16, unit in ((False, 50 * 2.0**-24), (True, 2.0**-8)):
+        total = torch.zeros(size, size)
+        Products(torch.float32, bf16).add_square_(total, x, x * weights, 0.5)
+        upper = torch.ones(size, size, dtype=torch.bool).triu()
+        assert ((total - expected).abs() <= 2 * unit * bound)[upper].all()
+
+
+def test_bfloat16_products_sum_in_float32():
+    """A thousand ones are a thousand, not 256."""
+    products = Products(torch.float32, bf16=True)
+    total = torch.zeros(128, 128)
+    ones = torch.ones(1, 128)
+    for _ in range(1000):
+        products.add_(total, ones, ones, 1.0)
+    assert (total == 1000).all()
 
 
 def test_prompt_positions_count_and_later_ones_do_not(world):
@@ -110,7 +189,9 @@ def test_gradient_checkpointing_counts_every_pair_once(rows, reentrant):
     handle = layer.register_forward_hook(lambda *_: calls.append(1))
     found = gather(model, rows)
     handle.remove()
-    assert len(calls) == 2, "the forward pass was not recomputed, so nothing was tested"
+    assert len(calls) == 3, (
+        "the probe and the forward pass alone: nothing was recomputed, so nothing was tested"
+    )
     assert model.is_gradient_checkpointing and all(module.training for module in model.modules())
     for key in found:
         for name in found[key]:
@@ -123,11 +204,9 @@ def test_sampled_labels_under_checkpointing(rows, reentrant):
     uniforms = [np.random.default_rng(i).random(t) for i, t in enumerate(rows.trained_tokens)]
 
     def covariances(model):
-        sampled = OutputCovariance(zeros(model, lambda o, i: (o, o)))
-        true = Gradients(zeros(model, lambda o, i: (1, o, i)))
-        tracker = Tracker(
-            model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64
-        )
+        sampled = OutputCovariance(zeros(model, lambda o, i: (o, o)), EXACTLY)
+        true = Gradients(zeros(model, lambda o, i: (1, o, i)), EXACTLY)
+        tracker = tracker_of(model)
         with frozen(model), tracker.hooked():
             tracker.run(batch_of(rows, uniforms=uniforms), [true], [sampled])
         return sampled.sums, true.sums
@@ -150,14 +229,20 @@ def test_scores_are_products_with_each_sequences_gradient(world, rows):
         for name, w in weights_of(world.model).items()
     }
     table = torch.zeros(len(rows), 3, dtype=torch.float64)
-    tracker = Tracker(
-        world.model, {name: world.model.get_submodule(name) for name in directions}, torch.float64
-    )
+    streams = {name: torch.zeros(3, 1, dtype=torch.float64) for name in directions}
+    tracker = tracker_of(world.model)
+    picked = set(range(len(rows))) - {2}
     with frozen(world.model), tracker.hooked():
-        tracker.run(batch_of(rows, [1.0] * len(rows)), [Scores([table], directions)], [])
+        tracker.run(batch_of(rows), [Scores([table], [picked], directions, EXACTLY, streams)], [])
     gradients = sequence_gradients(world.model, rows)
-    expected = sum(gradients[name].flatten(1) @ directions[name].flatten(1).T for name in directions)
+    per_layer = {name: gradients[name].flatten(1) @ directions[name].flatten(1).T for name in directions}
+    expected = sum(per_layer.values())
+    expected[2] = 0
     torch.testing.assert_close(table, expected, rtol=1e-11, atol=1e-12)
+    weights = torch.tensor(WEIGHTS, dtype=torch.float64)
+    weights[2] = 0
+    for name, stream in streams.items():
+        torch.testing.assert_close(stream[:, 0], weights @ per_layer[name], rtol=1e-11, atol=1e-12)
 
 
 def test_layers_with_bias_give_the_weights_gradient():
@@ -198,13 +283,12 @@ def test_sampled_fisher_is_the_gauss_newton_matrix_on_average(world):
         middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
         exact += (J.T @ middle @ J).diagonal()
 
-    combinations = (
-        torch.rand(4, len(exact), dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
-    )
-    tracker = Tracker(world.model, {name: world.model.get_submodule(name)}, torch.float64)
+    combinations = torch.rand(4, len(exact), dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
+    tracker = tracker_of(world.model, [name])
 
     def squares(uniforms):
-        sums = Eigenvalues({name: torch.zeros_like(weight, dtype=torch.float64)}, {name: (None, None)})
+        zero = torch.zeros_like(weight, dtype=torch.float64)
+        sums = Eigenvalues({name: zero}, {name: (None, None)}, EXACTLY, None)
         batch = batch_of(rows, [1.0] * 6, uniforms)
         tracker.run(batch, *(([sums], []) if uniforms is None else ([], [sums])))
         return combinations @ sums.sums[name].flatten()
@@ -235,17 +319,14 @@ def test_model_is_left_as_it_was(rows, fails):
         return (
             [module.training for module in model.modules()],
             [(p.requires_grad, p.grad is None) for p in model.parameters()],
-            [
-                (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks))
-                for m in model.modules()
-            ],
+            [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
             model.config.use_cache,
         )
 
     before = picture()
     kept = model.lm_head.weight.grad
-    tracker = Tracker(model, {name: model.get_submodule(name) for name in weights_of(model)}, torch.float64)
-    gradients = Gradients(zeros(model, lambda o, i: (1, o, i)))
+    tracker = tracker_of(model)
+    gradients = Gradients(zeros(model, lambda o, i: (1, o, i)), EXACTLY)
     if fails:
         gradients.add = lambda *_: (_ for _ in ()).throw(Boom)  # type: ignore[method-assign]
     try:

@@ -12,11 +12,12 @@ from torch.distributed.fsdp import fully_shard
 
 from ideal.influence import Influence, InfluenceConfig, compute_influence
 
-BASE = InfluenceConfig(sample_fraction=0.95, error_sequences=11)
+BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.7, error_sequences=11)
 CASES = {
     "ekfac": BASE,
     "ragged": replace(BASE, batch_size=1, error_sequences=5, factors="kfac"),
     "partitions": replace(BASE, memory_budget=40e-6),
+    "small budget": replace(BASE, memory_budget=50e-6),
     "sampled": replace(BASE, fisher="sampled"),
     "diagonal": replace(BASE, factors="diagonal"),
 }

@@ -1,0 +1,51 @@
+"""The settings of the outer step's estimator."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ideal.settings import STRICT
+
+
+@dataclass
+class InfluenceConfig:
+    """How the influence of the domains' volumes is estimated."""
+
+    __pydantic_config__ = STRICT
+
+    factors: Literal["ekfac", "kfac", "diagonal", "identity"] = "ekfac"
+    """Curvature: EK-FAC, K-FAC, its diagonal in the weights' own basis, or none (plain gradient products)."""
+    fisher: Literal["empirical", "sampled"] = "empirical"
+    """Labels in the curvature: the examples' own, or drawn from the model."""
+    damping: Annotated[float, Field(gt=0)] = 0.1
+    """Added to the curvature's eigenvalues, relative to each layer's mean eigenvalue."""
+    solver: Literal["direct", "cg"] = "direct"
+    """The inverse: layer by layer, or of the joint Gauss-Newton matrix of all tracked layers by conjugate
+    gradients, which the layers' own inverses precondition (dearer, and exact about how layers interact)."""
+    solver_iterations: Annotated[int, Field(gt=0)] = 20
+    """At most so many conjugate-gradient iterations."""
+    sample_fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 0.5
+    """Part of the mixture's rows used (sigma), drawn per domain; at least 32 rows of each, or all. auto: as
+    many as it takes until alpha's direction is known to 10%."""
+    factor_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    """Part of these rows that the curvature is estimated on; at least 32 rows of each domain, and eight
+    positions for each dimension of the widest layer, or all."""
+    layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
+    """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
+    In a model with LoRA: the adapters' own layers in them."""
+    keep_layers: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of the tracked layers that the matrix is computed from: those whose eigenvalues vary least."""
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Sequences per forward pass and process."""
+    product_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the statistics' matrix products take in; sums are float32 either way."""
+    basis_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What eigenbases are held in."""
+    error_sequences: Annotated[int, Field(ge=0)] = 32
+    """Sequences of each domain and reference set used for the standard errors; 0: no standard errors."""
+    memory_budget: Annotated[float, Field(gt=0)] | None = None
+    """GB per process for the layers' statistics: what does not fit takes more passes. None: no limit."""
+    spill: Literal["cpu", "disk"] = "disk"
+    """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
+    in the folder for temporary files (TMPDIR)."""

@@ -1,0 +1,231 @@
+"""Which layers are tracked, which of them read the same input, and which rank holds their statistics."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ideal.errors import UserError
+from ideal.influence.config import InfluenceConfig
+
+PROBE_TOKENS = 8
+"""Length of the sequence that shows which layers read the same input."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tracked layers that read the same input, as a block's gate and up projection do."""
+
+    name: str
+    """Its first layer's."""
+    layers: dict[str, nn.Linear]
+
+    @property
+    def width(self) -> int:
+        """I, the length of the input that they share."""
+        return next(iter(self.layers.values())).in_features
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        """O of each layer."""
+        return {name: layer.out_features for name, layer in self.layers.items()}
+
+    @property
+    def eigenwork(self) -> int:
+        """What the eigendecompositions cost, up to a constant: the sum of cubed sizes."""
+        return self.width**3 + sum(size**3 for size in self.outputs.values())
+
+    def only(self, names: set[str]) -> "Group":
+        """The group with some of its layers."""
+        return Group(self.name, {name: layer for name, layer in self.layers.items() if name in names})
+
+
+def tracked_layers(model: nn.Module, patterns: Sequence[str]) -> dict[str, nn.Linear]:
+    """The linear layers whose name, or the name of a module around them, matches one of the patterns.
+
+    In a model with LoRA adapters only the adapters' own layers count: the others were not trained.
+
+    Raises:
+        UserError: a pattern matches none.
+    """
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    adapters = {name: module for name, module in linear.items() if ".lora_A." in name or ".lora_B." in name}
+    linear = adapters or linear
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = {name for name in linear if any(fnmatchcase(part, pattern) for part in _and_parents(name))}
+        if not matching:
+            some = ", ".join(list(linear)[:8]) or "none"
+            kind = "LoRA layer" if adapters else "linear layer"
+            raise UserError(
+                f"influence.layers: {pattern!r} (of {', '.join(map(repr, patterns))}) matches no {kind};"
+                f" the model has for example: {some}"
+            )
+        chosen |= matching
+    return {name: module for name, module in linear.items() if name in chosen}
+
+
+def _and_parents(name: str) -> Iterator[str]:
+    parts = name.split(".")
+    return (".".join(parts[:end]) for end in range(len(parts), 0, -1))
+
+
+@torch.no_grad()
+def shared_inputs(model: nn.Module, layers: dict[str, nn.Linear], input_ids: Tensor) -> list[Group]:
+    """The layers in groups that are given the same tensor, in the model's order.
+
+    Args:
+        input_ids: [1, any] tokens to run the model on. A layer that does not run is a group of its own.
+
+    Raises:
+        UserError: a layer runs more than once in one forward pass.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if name in inputs:
+            raise UserError(
+                f"influence.layers: {name} runs several times in a forward pass, which would mix its statistics:"
+                " leave it out"
+            )
+        inputs[name] = args[0]
+
+    handles = [layer.register_forward_pre_hook(partial(note, name)) for name, layer in layers.items()]
+    try:
+        model(input_ids=input_ids[:, :PROBE_TOKENS], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups: dict[int, dict[str, nn.Linear]] = {}
+    for number, (name, layer) in enumerate(layers.items()):
+        # The tensors are kept in `inputs`, so an identity stands for one tensor; -1 - number for none.
+        groups.setdefault(id(inputs[name]) if name in inputs else -1 - number, {})[name] = layer
+    return [Group(next(iter(members)), members) for members in groups.values()]
+
+
+def deal_out(groups: Sequence[Group], ranks: int) -> dict[str, int]:
+    """The rank that owns each group's statistics, by name: the dearest first, each to the least loaded."""
+    load = [0] * ranks
+    owners = {}
+    for group in sorted(groups, key=lambda group: -group.eigenwork):
+        owners[group.name] = load.index(min(load))
+        load[owners[group.name]] += group.eigenwork
+    return owners
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes that one group's owner holds."""
+
+    factors: int
+    """Covariances, which become eigenbases in place, and eigenvalues."""
+    directions: int
+    """The capabilities' gradients, which become V_r in place."""
+    gradients: int
+    """The domains' gradients."""
+
+
+def sizes_of(group: Group, config: InfluenceConfig, domains: int, capabilities: int, itemsize: int) -> Sizes:
+    """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
+    weights = sum(group.width * size for size in group.outputs.values())
+    factors = 0 if config.factors == "identity" else weights * itemsize
+    if config.factors in ("ekfac", "kfac"):
+        factors += (group.width**2 + sum(size**2 for size in group.outputs.values())) * itemsize
+    return Sizes(factors, weights * capabilities * itemsize, weights * domains * itemsize)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """In which parts the layers are worked on, so that no rank holds more than its budget."""
+
+    factor_parts: list[list[Group]]
+    """For the curvature."""
+    gradient_parts: list[list[Group]]
+    """For the gradients and the matrix."""
+    streamed: bool
+    """Whether the domains' gradients are never held: sequences are scored along V_r one by one."""
+    spilled: bool
+    """Whether finished curvatures wait elsewhere than with the model."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything is held at once."""
+        return len(self.factor_parts) == len(self.gradient_parts) == 1 and not self.streamed and not self.spilled
+
+
+def lay_out(
+    groups: list[Group], owners: dict[str, int], config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
+) -> Layout:
+    """The fewest parts that fit `config.memory_budget`; the streamed form where it needs fewer.
+
+    Raises:
+        UserError: a group alone does not fit.
+    """
+    sizes = {group.name: sizes_of(group, config, domains, capabilities, itemsize) for group in groups}
+    budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
+    factors = {name: size.factors for name, size in sizes.items()}
+    held = {name: size.directions + size.gradients for name, size in sizes.items()}
+    streamed = {name: size.directions for name, size in sizes.items()}
+    if len(_parts(groups, owners, {name: factors[name] + held[name] for name in sizes}, budget)) == 1:
+        return Layout([groups], [groups], streamed=False, spilled=False)
+    factor_parts = _parts(groups, owners, factors, budget)
+    # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
+    resident = budget - max(_loads(groups, owners, factors).values())
+    fetched = budget - max(factors.values())
+    found = [
+        Layout(factor_parts, parts, streamed=needs is streamed, spilled=room is fetched)
+        for room in (resident, fetched)
+        for needs in (held, streamed)
+        if factor_parts and (parts := _parts(groups, owners, needs, room))
+    ]
+    if not found:
+        name = max(sizes, key=lambda name: sizes[name].factors + sizes[name].directions)
+        least = sizes[name].factors + sizes[name].directions
+        raise UserError(
+            f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
+            f" take {least / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
+        )
+    return min(found, key=lambda layout: len(layout.gradient_parts))
+
+
+def peak_bytes(
+    groups: list[Group], owners: dict[str, int], config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
+) -> int:
+    """The most that any rank holds of the layers' statistics at any time, in the layout that `lay_out` gives."""
+    layout = lay_out(groups, owners, config, domains, capabilities, itemsize)
+    sizes = {group.name: sizes_of(group, config, domains, capabilities, itemsize) for group in groups}
+    factors = {name: size.factors for name, size in sizes.items()}
+    held = {name: size.directions + (0 if layout.streamed else size.gradients) for name, size in sizes.items()}
+    beside = max(factors.values()) if layout.spilled else max(_loads(groups, owners, factors).values())
+    of_gradients = max(max(_loads(part, owners, held).values()) for part in layout.gradient_parts)
+    of_factors = max(max(_loads(part, owners, factors).values()) for part in layout.factor_parts)
+    return max(of_factors, beside + of_gradients)
+
+
+def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:
+    """Bytes per owner."""
+    loads: dict[int, int] = {}
+    for group in groups:
+        loads[owners[group.name]] = loads.get(owners[group.name], 0) + sizes[group.name]
+    return loads
+
+
+def _parts(groups: list[Group], owners: dict[str, int], sizes: dict[str, int], budget: float) -> list[list[Group]]:
+    """Consecutive groups such that no owner holds more than `budget` bytes; none if a group exceeds it."""
+    parts: list[list[Group]] = []
+    held: dict[int, int] = {}
+    for group in groups:
+        size, owner = sizes[group.name], owners[group.name]
+        if size > budget:
+            return []
+        if not parts or held.get(owner, 0) + size > budget:
+            parts.append([])
+            held = {}
+        parts[-1].append(group)
+        held[owner] = held.get(owner, 0) + size
+    return parts

@@ -1,0 +1,101 @@
+"""Passes over sequences: which batches they form, on which rank, and how long that takes."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from ideal.distributed import progress, rank, world_size
+from ideal.influence.config import InfluenceConfig
+from ideal.influence.layers import Group
+from ideal.influence.samples import SequenceSet
+from ideal.influence.statistics import Accumulator, Batch, Tracker, make_batch, make_positions
+from ideal.seeding import generator
+
+
+class Passes:
+    """Runs sets of sequences through a model, for accumulators at the layers' owners."""
+
+    def __init__(self, model: nn.Module, owners: dict[str, int], config: InfluenceConfig, seed: int) -> None:
+        self.model, self.owners, self.config, self.seed = model, owners, config, seed
+        parameter = next(model.parameters())
+        self.device = parameter.device
+        self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self.seconds: dict[str, float] = {}
+        self.positions = 0
+        """Positions that went through the model so far, on all ranks."""
+
+    def run(
+        self,
+        description: str,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        true: Sequence[Accumulator],
+        sampled: Sequence[Accumulator] = (),
+        part: str = "",
+    ) -> None:
+        """All batches of `sets`, with the pairs at the layers of `groups`.
+
+        Args:
+            true: what sees the gradients of the examples' own labels.
+            sampled: what sees those of labels drawn from the model.
+            part: which of several runs of this kind it is, for the progress bar.
+        """
+        tracker = Tracker(self.model, groups, self.owners, self.dtype)
+        with self.timed(description), tracker.hooked(), progress(self._steps(sets), description + part) as bar:
+            for batch in self.batches(sets, bool(sampled)):
+                tracker.run(batch, true, sampled)
+                bar.update()
+
+    def _steps(self, sets: Sequence[SequenceSet]) -> int:
+        return sum(math.ceil(len(chosen.rows) / (self.config.batch_size * world_size())) for chosen in sets)
+
+    def batches(self, sets: Sequence[SequenceSet], drawn: bool) -> Iterator[Batch]:
+        """This rank's batches: each of one set, of sequences of similar length, dealt out evenly.
+
+        Every rank gets the same number, so that ranks stay in step: one that has nothing left repeats a
+        sequence with weight zero.
+        """
+        share = self.config.batch_size * world_size()
+        for set_index, chosen in enumerate(sets):
+            lengths = chosen.examples.positions[chosen.rows]
+            longest_first = np.argsort(-lengths, kind="stable")
+            weights = chosen.weights
+            for start in range(0, len(chosen.rows), share):
+                step = longest_first[start : start + share]
+                dealt = [step[number :: world_size()] for number in range(world_size())]
+                per_rank = [
+                    [(int(lengths[i]), float(weights[i]), int(chosen.slots[i])) for i in mine]
+                    or [(int(lengths[step[0]]), 0.0, int(chosen.slots[step[0]]))]
+                    for mine in dealt
+                ]
+                positions = make_positions(set_index, per_rank, self.device, self.dtype)
+                self.positions += sum(positions.sizes)
+                mine = dealt[rank()] if len(dealt[rank()]) else step[:1]
+                rows = chosen.rows[mine].tolist()
+                yield make_batch(
+                    [chosen.examples[row] for row in rows],
+                    [size for size, _, _ in per_rank[rank()]],
+                    [weight for _, weight, _ in per_rank[rank()]],
+                    [self._uniforms(chosen, row) for row in rows] if drawn else None,
+                    positions,
+                    self.device,
+                    self.dtype,
+                )
+
+    def _uniforms(self, chosen: SequenceSet, row: int) -> np.ndarray:
+        """A stream of its own for each row: the labels do not depend on batches or ranks."""
+        return generator(self.seed, chosen.name, row, "fisher").random(int(chosen.examples.trained_tokens[row]))
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds a phase's seconds to those of earlier ones of that name."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start

@@ -1,0 +1,80 @@
+"""The matrix products that statistics are made of, in the precision asked for.
+
+Inputs are rounded to bfloat16 or not; sums over positions are kept in float32 (float64 for a float64
+model) in either case.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TRIANGLE_BLOCKS = 4
+"""Block columns that a square is computed in: three eighths of the work are left out."""
+LEAST_BLOCK = 128
+"""Columns below which blocks are not worth a call of their own."""
+
+
+class Products:
+    """Sums of outer products, and rotations.
+
+    Suffixes: N positions, I in, O out.
+    """
+
+    def __init__(self, dtype: torch.dtype, bf16: bool) -> None:
+        """dtype: of the sums, float32 or float64. bf16: round the inputs to bfloat16 where the hardware gains by it."""
+        self.dtype = dtype
+        self.bf16 = bf16 and dtype == torch.float32
+
+    def _narrow(self, device: torch.device) -> bool:
+        return self.bf16 and (device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+
+    def add_(self, total: Tensor, left_NO: Tensor, right_NI: Tensor, factor: float) -> None:
+        """total [O, I] += factor left^T right."""
+        if self._narrow(total.device) and total.device.type == "cuda":
+            product = torch.mm(left_NO.bfloat16().mT, right_NI.bfloat16(), out_dtype=torch.float32)
+            total.add_(product, alpha=factor)
+            return
+        with _rounding(self.bf16 and total.device.type == "cpu"):
+            total.addmm_(left_NO.to(self.dtype).mT, right_NI.to(self.dtype), alpha=factor)
+
+    def add_square_(self, total: Tensor, x_NI: Tensor, weighted_NI: Tensor, factor: float) -> None:
+        """total [I, I] += factor x^T weighted, which is symmetric: on and above the diagonal."""
+        size = len(total)
+        block = max(LEAST_BLOCK, -(-size // TRIANGLE_BLOCKS))
+        x_NI = x_NI.to(self.dtype)
+        weighted_NI = weighted_NI.to(self.dtype)
+        for start in range(0, size, block):
+            rows = slice(start, min(start + block, size))
+            self.add_(total[rows, start:], x_NI[:, rows], weighted_NI[:, start:], factor)
+
+    def basis(self, basis: Tensor | None) -> Tensor | None:
+        """A basis as `rotate` wants it."""
+        if basis is None:
+            return None
+        return basis.to(torch.bfloat16 if self._narrow(basis.device) else self.dtype)
+
+    def rotate(self, x_NI: Tensor, basis_II: Tensor | None) -> Tensor:
+        """x Q, [N, I]; x itself without a basis."""
+        return x_NI.to(self.dtype) if basis_II is None else x_NI.to(basis_II.dtype) @ basis_II
+
+    def outer(self, d_NO: Tensor, x_NI: Tensor) -> Tensor:
+        """d^T x of one sequence, [O, I]."""
+        if self._narrow(x_NI.device):
+            return (d_NO.bfloat16().mT @ x_NI.bfloat16()).to(self.dtype)
+        return d_NO.to(self.dtype).mT @ x_NI.to(self.dtype)
+
+
+@contextmanager
+def _rounding(bf16: bool) -> Iterator[None]:
+    """float32 products on the CPU with inputs rounded to bfloat16 and float32 sums, for as long as it lasts."""
+    settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    if bf16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
