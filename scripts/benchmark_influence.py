@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts" / "peers")]
@@ -36,17 +37,18 @@ from comparison import (  # noqa: E402
     agreement_table,
     median,
     phase_table,
+    sink_table,
     speed_table,
     table,
     timing_table,
 )
 from exchange import Workload  # noqa: E402
+from flops import phase_flops  # noqa: E402
 from sides import (  # noqa: E402
     CONVENTIONS,
     DEFAULT_SIDES,
     PEERS,
     SIDES,
-    Side,
     Worker,
     engine_side,
     in_turns,
@@ -127,9 +129,12 @@ def compare_sides(workload: Workload, args: argparse.Namespace, threads: int, re
     title = f"{threads} thread{'s' if threads > 1 else ''}"
     report.section(f"Time, {title}", timing_table(answers), answers=answers)
     report.section(f"Speed, {title}", speed_table(answers, PEERS))
-    report.section(f"Phases, {title}", phase_table(answers))
+    counts = operations(workload, answers) if args.shape else None
+    report.section(f"Phases, {title}", phase_table(answers, counts), flops=counts)
     agreed = {name: asdict(one) | {"same": one.same} for name, one in found.items()}
     report.section(f"Agreement with the engine, {title}", agreement_table(found), agreement=agreed)
+    if "engine" in answers and args.model:
+        report.section("First positions", sink_table(answers["engine"][-1]["first_position_share"]))
 
 
 def agreements(
@@ -147,6 +152,13 @@ def agreements(
     return found
 
 
+def operations(workload: Workload, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """FLOPs per phase of the engine's sides."""
+    config = AutoConfig.from_pretrained(workload.folder / "model")
+    ours = {name: runs[-1] for name, runs in answers.items() if name in SIDES and name.startswith("engine")}
+    return {name: phase_flops(config, workload, answer["factor_sequences"]) for name, answer in ours.items()}
+
+
 def own_entries(workload: Workload) -> np.ndarray:
     """[R, n] whether a capability and a domain share their name."""
     return np.array([[domain == capability for domain in workload.domains] for capability in workload.references])
@@ -154,15 +166,16 @@ def own_entries(workload: Workload) -> np.ndarray:
 
 def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int, report: "Report") -> None:
     """The factors from some of the sequences, against all: what it saves and what it changes, for several draws."""
-    sides = [Side("floor", "ours", {"side": "floor"}), engine_side("1", factor_fraction=1.0)]
-    sides += [engine_side(f"{fraction:g}", factor_fraction=fraction) for fraction in args.fractions if fraction != 1]
-    answers: dict[str, list[dict[str, Any]]] = {side.name: [] for side in sides}
-    for draw in range(args.draws):
-        # One process at a time: several models of this size would crowd each other out of memory.
-        for side in sides:
-            with workers([side], workload.folder, threads) as running:
-                answers[side.name].append(running[side.name].run(seed=draw))
-            print(f"draw {draw} {side.name}: {answers[side.name][-1]['seconds']:.1f} s", file=sys.stderr, flush=True)
+    fractions = [1.0, *(fraction for fraction in args.fractions if fraction != 1)]
+    asked = [SIDES["floor"], *(engine_side(f"{fraction:g}", factor_fraction=fraction) for fraction in fractions)]
+    answers: dict[str, list[dict[str, Any]]] = {side.name: [] for side in asked}
+    # One process for all: several models of this size side by side might not fit.
+    with workers([SIDES["engine"]], workload.folder, threads) as running:
+        for draw in range(args.draws):
+            for side in asked:
+                answers[side.name].append(running["engine"].run(**side.request, seed=draw))
+                seconds = answers[side.name][-1]["seconds"]
+                print(f"draw {draw} {side.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
     rows, found = [], {}
     for name, runs in list(answers.items())[2:]:
         full = answers["1"]

@@ -84,15 +84,29 @@ def speed_table(answers: Mapping[str, list[dict[str, Any]]], peers: Sequence[str
     return table(["times faster than", *peers], rows)
 
 
-def phase_table(answers: Mapping[str, list[dict[str, Any]]], flops: Mapping[str, float] | None = None) -> str:
-    """Median seconds of each phase of each side that has any; with `flops`, achieved TFLOP/s of the engine's."""
+def phase_table(
+    answers: Mapping[str, list[dict[str, Any]]], flops: Mapping[str, Mapping[str, float]] | None = None
+) -> str:
+    """Median seconds of each phase of each side that has any; with FLOPs by side and phase, achieved TFLOP/s."""
     rows = []
     for name, runs in answers.items():
         for phase in runs[0]["phases"]:
             seconds = median([run["phases"] for run in runs], phase)
-            rate = f"{flops[phase] / seconds / 1e12:.1f}" if flops and flops.get(phase) and seconds else ""
-            rows.append([name, phase, f"{seconds:.3f}", *([rate] if flops is not None else [])])
+            work = (flops or {}).get(name, {}).get(phase)
+            rows.append([name, phase, f"{seconds:.3f}"])
+            if flops is not None:
+                rows[-1].append(f"{work / seconds / 1e12:.3g}" if work else "")
     return table(["side", "phase", "s (median)", *(["TFLOP/s"] if flops is not None else [])], rows)
+
+
+def sink_table(shares: Mapping[str, float], most: int = 8) -> str:
+    """The layers with the largest part of trace(A) in the first positions, and the median of all."""
+    order = sorted(shares, key=lambda name: -shares[name])
+    rows = [[name, f"{shares[name]:.3f}"] for name in order[:most]]
+    middle = f"median of all {len(shares)}"
+    return table(
+        ["layer", "first position's share of trace(A)"], [*rows, [middle, f"{np.median([*shares.values()]):.3f}"]]
+    )
 
 
 def agreement_table(found: Mapping[str, Agreement]) -> str:

@@ -5,7 +5,7 @@ Under several processes (RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set) they
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from exchange import LAST_LABEL, Stopwatch, Workload, padded, serve, summed_loss
+from first_position import matrix_without
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence  # noqa: E402
-from ideal.influence.statistics import make_batch  # noqa: E402
+from ideal.influence.passes import Passes  # noqa: E402
+from ideal.influence.samples import whole_reference  # noqa: E402
 
 Run = Callable[[dict[str, Any], Stopwatch], dict[str, Any]]
 
@@ -28,7 +30,7 @@ def prepare(workload: Workload) -> Run:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         dist.init_process_group("nccl" if workload.device.type == "cuda" else "gloo")
     model = workload.model()
-    sides = {"engine": engine, "floor": floor, "padded floor": padded_floor}
+    sides = {"engine": engine, "floor": floor, "padded floor": padded_floor, "first positions": first_positions}
     return lambda request, watch: sides[request["side"]](workload, model, request, watch)
 
 
@@ -49,8 +51,13 @@ def engine(workload: Workload, model: Any, request: dict[str, Any], watch: Stopw
         "matrix": found.matrix.tolist(),
         "shares": found.shares.tolist(),
         "first_position_share": found.first_position_share,
-        "sequences": found.sequences,
+        "factor_sequences": sum(found.factor_sequences.values()),
     }
+
+
+def first_positions(workload: Workload, model: Any, request: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
+    """The matrix with the first positions left out of the curvature."""
+    return {"matrix": matrix_without(workload, model, configuration(workload, {}), leave_out=True).tolist()}
 
 
 def configuration(workload: Workload, given: dict[str, Any]) -> InfluenceConfig:
@@ -69,32 +76,22 @@ def configuration(workload: Workload, given: dict[str, Any]) -> InfluenceConfig:
 
 
 def floor(workload: Workload, model: Any, request: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:
-    """Forward and backward with weight gradients over the batches that the engine makes, once each."""
+    """Forward and backward with weight gradients over the batches that the engine makes, once each.
+
+    A plain model computes logits everywhere; with `selected`, only where a label is trained, as the engine does.
+    """
     losses = []
-    for batch in batches(workload):
-        output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        logits = output.logits.flatten(0, 1).index_select(0, batch.trained).float()
-        losses.append(backward(model, torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum")))
+    sets = {**workload.domains, **{f"{name} reference": rows for name, rows in workload.references.items()}}
+    passes = Passes(model, {}, configuration(workload, {}), 0)
+    for batch in passes.batches([whole_reference(name, rows) for name, rows in sets.items()], drawn=False):
+        hidden = model.base_model(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        if request.get("selected"):
+            logits = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.trained))
+        else:
+            logits = model.get_output_embeddings()(hidden).flatten(0, 1).index_select(0, batch.trained)
+        loss = torch.nn.functional.cross_entropy(logits.float(), batch.targets, reduction="sum")
+        losses.append(backward(model, loss))
     return {"loss": float(torch.stack(losses).sum())}
-
-
-def batches(workload: Workload) -> Iterator[Any]:
-    """The engine's: each of one set, of sequences of similar length, cut after the last trained label."""
-    for number, rows in enumerate([*workload.domains.values(), *workload.references.values()]):
-        longest_first = np.argsort(-rows.positions, kind="stable")
-        for start in range(0, len(rows), workload.batch_size):
-            chosen = longest_first[start : start + workload.batch_size].tolist()
-            sizes = rows.positions[chosen].tolist()
-            yield make_batch(
-                number,
-                [rows[row] for row in chosen],
-                sizes,
-                [1.0] * len(sizes),
-                chosen,
-                None,
-                workload.device,
-                torch.float32,
-            )
 
 
 def padded_floor(workload: Workload, model: Any, request: dict[str, Any], watch: Stopwatch) -> dict[str, Any]:

@@ -39,18 +39,20 @@ SIDES = {
     side.name: side
     for side in (
         Side("floor", "ours", {"side": "floor"}),
+        Side("selected-floor", "ours", {"side": "floor", "selected": True}),
         Side("padded-floor", "ours", {"side": "padded floor"}),
         engine_side("engine"),
         engine_side("engine-bf16", product_dtype="bfloat16"),
         engine_side("engine-fewer", factor_fraction=0.1),
         engine_side("engine-fewer-bf16", factor_fraction=0.1, product_dtype="bfloat16"),
+        Side("no-first-position", "ours", {"side": "first positions"}),
         Side("kronfluence", "kronfluence"),
         Side("kronfluence-bf16", "kronfluence", {"dtype": "bfloat16"}),
         Side("bergson", "bergson"),
     )
 }
 PEERS = [side.name for side in SIDES.values() if side.program != "ours"]
-DEFAULT_SIDES = [name for name in SIDES if name != "kronfluence-bf16"]
+DEFAULT_SIDES = [name for name in SIDES if name not in ("selected-floor", "no-first-position", "kronfluence-bf16")]
 CONVENTIONS = {"kronfluence": EVERY_TOKEN, "bergson": ALL_BUT_LAST}
 """The positions that a peer's program counts: see the notes in its file."""
 

@@ -40,7 +40,7 @@ class Sizes:
 
 
 W = Sizes(domains=4, training=128, references=32, length=128, masked=32)
-QUICK = Sizes(domains=4, training=16, references=8, length=32, masked=8)
+QUICK = Sizes(domains=4, training=64, references=8, length=32, masked=8)
 W_MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 QUICK_MODEL = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {

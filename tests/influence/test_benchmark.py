@@ -1,0 +1,298 @@
+"""The benchmark: its check against explicit matrices, the peers' conventions of positions, and a run of it all."""
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    World,
+    counted,
+    ekfac_dense,
+    explicit_matrix,
+    kfac_dense,
+    layer_pairs,
+    sequence_gradients,
+    total_tokens,
+    weights_of,
+)
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "peers")]
+
+import benchmark_influence  # noqa: E402
+from comparison import agreement, cosine  # noqa: E402
+from exchange import ALL_BUT_LAST, EVERY_TOKEN, IGNORED, LAST_LABEL, Rows, Workload  # noqa: E402
+from first_position import matrix_without  # noqa: E402
+from flops import Tokens, forward_backward  # noqa: E402
+from sides import PEER_PYTHON, Worker, engine_side, variant  # noqa: E402
+from workloads import QUICK, SHAPES, random_sets  # noqa: E402
+
+EVERYTHING = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
+OWN = np.eye(3, dtype=bool)
+
+
+# The check
+
+
+def engine_matrix(world: World, dtype: torch.dtype, convention: str = LAST_LABEL) -> np.ndarray:
+    """The engine's M on a copy of the world's model, with positions counted by `convention`."""
+    domains = {
+        name: DomainSample(replace(as_rows(domain.examples), convention=convention), domain.counts)
+        for name, domain in world.domains.items()
+    }
+    model = copy.deepcopy(world.model).to(dtype)
+    return compute_influence(model, domains, world.references, EVERYTHING, 0).matrix
+
+
+def passes(found: np.ndarray, expected: np.ndarray, world: World) -> bool:
+    tokens = np.array(list(total_tokens(world).values()))
+    return agreement(found, expected, tokens / tokens.sum(), OWN).same
+
+
+def test_check_passes_in_float32(world: World):
+    """Explicit matrices in float64 play the peer: the engine in float32 is the same to them."""
+    assert passes(engine_matrix(world, torch.float32), explicit_matrix(world, ekfac_dense(world)), world)
+
+
+def kfac_eigenvalues(world: World) -> np.ndarray:
+    """K-FAC's eigenvalues in place of EK-FAC's."""
+    return explicit_matrix(world, kfac_dense(world))
+
+
+def doubled_damping(world: World) -> np.ndarray:
+    return explicit_matrix(world, ekfac_dense(world), damping=0.2)
+
+
+def transposed_bases(world: World) -> np.ndarray:
+    """EK-FAC with the right eigenvalues between the wrong rotations: Q V Q^T for Q^T V Q."""
+    dense, tokens = {}, sum(total_tokens(world).values())
+    for name in weights_of(world.model):
+        A, S, _ = covariances(world, name, LAST_LABEL)
+        basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
+        gradients, counts = gradients_of(world, name)
+        eigenvalues = (counts[:, None] * (gradients @ basis) ** 2).sum(0) / tokens
+        dense[name] = basis.T @ torch.diag(eigenvalues) @ basis
+    return explicit_matrix(world, dense)
+
+
+@pytest.mark.parametrize("planted", [kfac_eigenvalues, transposed_bases, doubled_damping])
+def test_planted_errors_fail_the_check(world: World, planted: Callable[[World], np.ndarray]):
+    assert not passes(planted(world), engine_matrix(world, torch.float64), world)
+
+
+def test_each_part_of_the_check_alone():
+    """An error on the diagonal shows in the largest entry, one of small off-diagonal entries in the cosine."""
+    matrix, shares = np.diag([3.0, 2.0, 1.0]), np.full(3, 1 / 3)
+    matrix[~OWN] = [1e-5, 2e-5, 3e-5, 4e-5, 5e-5, 6e-5]
+    assert agreement(matrix, matrix, shares, OWN).same
+    diagonal = matrix + np.diag([4e-4, 0, 0])
+    assert agreement(diagonal, matrix, shares, OWN).cosine == pytest.approx(1) and not passes_with(diagonal, matrix)
+    mirrored = np.where(OWN, matrix, matrix.T)
+    assert agreement(mirrored, matrix, shares, OWN).error < 1e-4 and not passes_with(mirrored, matrix)
+
+
+def passes_with(found: np.ndarray, expected: np.ndarray) -> bool:
+    return agreement(found, expected, np.full(3, 1 / 3), OWN).same
+
+
+def test_cosine_of_tiny_matrices():
+    """Not torch's: that clamps norms at 1e-8."""
+    one, other = np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, -3.0])
+    assert cosine(1e-12 * one, 1e-12 * other) == pytest.approx(cosine(one, other))
+
+
+# The conventions of positions
+
+
+def covariances(world: World, name: str, convention: str) -> tuple[Tensor, Tensor, float]:
+    """A, S and their positions by a loop over sequences; `tiny.layer_pairs` knows only one convention."""
+    layer, seen = world.model.get_submodule(name), {}
+    A, S, positions = torch.tensor(0.0), torch.tensor(0.0), 0.0
+    for domain in world.domains.values():
+        for row, count in counted(domain):
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+
+            def keep(module: Any, args: Any, output: Tensor) -> None:
+                output.retain_grad()
+                seen["x"], seen["output"] = args[0][0].detach(), output
+
+            handle = layer.register_forward_hook(keep)
+            logits = world.model(input_ids=ids).logits[0, :-1]
+            handle.remove()
+            torch.nn.functional.cross_entropy(logits, labels[1:], reduction="sum").backward()
+            world.model.zero_grad()
+            used = {
+                LAST_LABEL: int(torch.nonzero(labels != IGNORED).max()),
+                ALL_BUT_LAST: len(labels) - 1,
+                EVERY_TOKEN: len(labels),
+            }[convention]
+            x, d = seen["x"][:used], seen["output"].grad[0, :used]
+            A, S, positions = A + count * x.T @ x, S + count * d.T @ d, positions + count * used
+    return A / positions, S / positions, positions
+
+
+def gradients_of(world: World, name: str) -> tuple[Tensor, Tensor]:
+    """All sequences' gradients of a layer [m, O I], and their counts [m]."""
+    found = [sequence_gradients(world.model, domain.examples, name)[name] for domain in world.domains.values()]
+    counts = np.concatenate([domain.counts for domain in world.domains.values()])
+    return torch.cat(found).flatten(1), torch.tensor(counts, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("convention", [LAST_LABEL, ALL_BUT_LAST, EVERY_TOKEN])
+def test_positions_by_convention(world: World, convention: str):
+    """Fed such rows, the engine gives the EK-FAC of a peer that counts so, and no other's."""
+    dense, tokens = {}, sum(total_tokens(world).values())
+    for name in weights_of(world.model):
+        A, S, _ = covariances(world, name, convention)
+        basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
+        gradients, counts = gradients_of(world, name)
+        dense[name] = basis @ torch.diag((counts[:, None] * (gradients @ basis) ** 2).sum(0) / tokens) @ basis.T
+    expected = explicit_matrix(world, dense)
+    for counted_by in (LAST_LABEL, ALL_BUT_LAST, EVERY_TOKEN):
+        found = engine_matrix(world, torch.float64, counted_by)
+        error = float(np.abs(found - expected).max() / np.abs(expected).max())
+        assert (error < 1e-9) == (counted_by == convention)
+
+
+# The workload and its sides
+
+
+def test_workload_keeps_its_rows(tmp_path: Path):
+    training, references = random_sets(QUICK, 64, seed=3)
+    training["ragged"] = Rows([[1, 2, 3], [4]], [[IGNORED, 2, 3], [IGNORED]])
+    workload = Workload(tmp_path, training, references, ["some.layer"], batch_size=3, seed=5)
+    workload.save()
+    assert asdict(Workload.load(tmp_path)) == asdict(workload)
+    assert training["ragged"].trained_tokens.tolist() == [2, 0]
+
+
+def test_random_domains_differ():
+    """References are of their domain's statistics, and no two domains of the same."""
+    training, references = random_sets(replace(QUICK, training=64, references=64), 32, seed=0)
+
+    def pairs(rows: Rows) -> np.ndarray:
+        counts = np.zeros((32, 32))
+        for ids in rows.input_ids:
+            np.add.at(counts, (ids[:-1], ids[1:]), 1)
+        return counts
+
+    for name, rows in references.items():
+        likeness = {other: cosine(pairs(rows), pairs(of)) for other, of in training.items()}
+        assert likeness.pop(name) > 0.9 and max(likeness.values()) < 0.5
+
+
+@pytest.mark.parametrize("leave_out", [False, True])
+def test_first_positions_left_out(world: World, leave_out: bool):
+    """Against explicit matrices whose A, S and eigenvalues know nothing of first positions; or the engine's own."""
+    shapes = {name: weight.shape for name, weight in weights_of(world.model).items()}
+    training, dense = counted_once(world), {}
+    tokens = sum(total_tokens(training).values())
+    for name in shapes:
+        pairs = [layer_pairs(world.model, row, name) for d in training.domains.values() for row, _ in counted(d)]
+        pairs = [(x[leave_out:], d[leave_out:]) for x, d in pairs]
+        A, S = (sum(part.T @ part for part in parts) for parts in zip(*pairs, strict=True))
+        basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
+        gradients = torch.stack([(d.T @ x).flatten() for x, d in pairs])
+        dense[name] = basis @ torch.diag(((gradients @ basis) ** 2).sum(0) / tokens) @ basis.T
+    workload = Workload(
+        Path(),
+        {name: as_rows(domain.examples) for name, domain in training.domains.items()},
+        {name: as_rows(rows) for name, rows in training.references.items()},
+        list(shapes),
+    )
+    found = matrix_without(workload, training.model, EVERYTHING, leave_out)
+    np.testing.assert_allclose(found, explicit_matrix(training, dense), rtol=1e-8, atol=1e-12)
+    engine = engine_matrix(training, torch.float64)
+    assert np.allclose(found, engine, rtol=1e-8, atol=1e-12) == (not leave_out)
+
+
+def counted_once(world: World) -> World:
+    """The world with every row in its mixture once."""
+    ones = {name: DomainSample(d.examples, np.ones_like(d.counts)) for name, d in world.domains.items()}
+    return replace(world, domains=ones)
+
+
+def as_rows(examples: Any) -> Rows:
+    rows = [examples[row] for row in range(len(examples))]
+    return Rows([row["input_ids"] for row in rows], [row["labels"] for row in rows])
+
+
+def test_operations_of_a_pass():
+    """torch's own counter, over a forward and backward pass without weight gradients, attention as plain products."""
+    shape = {**SHAPES["tiny"], "attn_implementation": "eager", "head_dim": 24}
+    model = LlamaForCausalLM(LlamaConfig(**shape)).requires_grad_(False)
+    embedded = torch.randn(3, 17, model.config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    assert forward_backward(model.config, Tokens(3 * 17, 3 * 17**2, 3 * 17)) == counter.get_total_flops()
+
+
+def test_variant():
+    side = variant("two halves: keep_layers=0.5, solver=cg, processes=2")
+    assert side == engine_side("two halves", processes=2, keep_layers=0.5, solver="cg")
+
+
+def run(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
+    """The benchmark's JSON by section."""
+    file = tmp_path / "found.json"
+    benchmark_influence.main([*arguments, "--json", str(file), "--scratch", str(tmp_path)])
+    return {section["title"].split(",")[0]: section for section in json.loads(file.read_text())["sections"]}
+
+
+def test_sides_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Every side answers every time; two processes give the engine's matrix, and other factors do not."""
+    sides = ["--sides", "floor", "padded-floor", "engine", "--repeats", "2"]
+    variants = ["--variant", "pair: processes=2, batch_size=3", "--variant", "kfac: factors=kfac"]
+    found = run(["--quick", *sides, *variants], tmp_path)
+    answers, agreed = found["Time"]["answers"], found["Agreement with the engine"]["agreement"]
+    assert list(answers) == ["floor", "padded-floor", "engine", "pair", "kfac"]
+    assert all(
+        len(runs) == 2 and all(one["seconds"] > 0 and one["peak"] > 1e8 for one in runs) for runs in answers.values()
+    )
+    # The same sequences, so the same loss; sums of 1536 float32 terms in another order.
+    assert answers["floor"][0]["loss"] == pytest.approx(answers["padded-floor"][0]["loss"], rel=1e-5)
+    assert agreed["pair"]["same"] and not agreed["kfac"]["same"]
+    assert sum(answers["engine"][0]["phases"].values()) <= answers["engine"][0]["seconds"]
+    printed = capsys.readouterr().out
+    assert "| side | s (median) |" in printed and "| pair |" in printed
+
+
+def test_fractions(tmp_path: Path):
+    """Each draw's matrix is compared with the one from all; half of the sequences change it, a little."""
+    found = run(["--quick", "--fractions", "0.5", "--draws", "2"], tmp_path)["Factors from fewer sequences"]
+    assert list(found["agreement"]) == ["0.5, draw 0", "0.5, draw 1"]
+    assert len({one["error"] for one in found["agreement"].values()}) == 2
+    assert all(0 < one["error"] < 0.5 for one in found["agreement"].values())
+
+
+def test_shape(tmp_path: Path):
+    """Known sizes with random weights, made by each side for itself."""
+    arguments = ["--shape", "tiny", "--sequences", "8", "--references", "4", "--length", "32", "--repeats", "1"]
+    found = run([*arguments, "--sides", "engine"], tmp_path)
+    assert np.isfinite(found["Time"]["answers"]["engine"][0]["matrix"]).all()
+
+
+def test_a_failing_side_says_why(tmp_path: Path):
+    Workload(tmp_path, {}, {}, []).save()
+    worker = Worker(engine_side("engine"), tmp_path, threads=1)
+    with pytest.raises(RuntimeError, match=r"engine failed:\n(.|\n)*OSError"):
+        worker.run()
+
+
+@pytest.mark.skipif(not PEER_PYTHON.exists(), reason="scripts/setup_peers.sh has not been run")
+def test_peers_agree(tmp_path: Path):
+    found = run(["--quick", "--sides", "engine", "kronfluence", "bergson", "--repeats", "1"], tmp_path)
+    agreed = found["Agreement with the engine"]["agreement"]
+    assert agreed["kronfluence"]["same"] and agreed["bergson"]["same"]
