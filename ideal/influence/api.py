@@ -22,7 +22,10 @@ from torch.utils.data import DistributedSampler
 
 from ideal.distributed import all_gather_objects, together
 from ideal.errors import UserError
-from ideal.influence.engine import DomainSample, Influence, InfluenceConfig, compute_influence
+from ideal.influence.config import InfluenceConfig
+from ideal.influence.engine import compute_influence
+from ideal.influence.result import Influence
+from ideal.influence.samples import DomainSample
 
 MASKED = -100
 

@@ -2,29 +2,34 @@
 
     M[r, j] = dL_r / dbeta_j = - s_j g_r^T (H + D)^-1 g_j,        summed over the tracked layers
 
-1 covariances and 2 eigenbases, 3 eigenvalues, from part of the domains' sequences; 4 the capabilities'
-gradients g_r, and 5 V_r = (H + D)^-1 g_r; 6 the domains' other sequences; 7 M; 8 the reference sets once
-more, for the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes: R
-capabilities, n domains, I in, O out; the rest in statistics.py.
+1 to 3 the curvature (curvature.py), from part of the domains' sequences; 4 the capabilities' gradients
+g_r, and 5 V_r = (H + D)^-1 g_r; 6 the domains' other sequences; 7 M; 8 the reference sets once more, for
+the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes: R capabilities,
+n domains, I in, O out; the rest in statistics.py.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ideal.distributed import all_reduce_, rank, world_size
+from ideal.distributed import all_reduce_, say, world_size
 from ideal.errors import UserError
+from ideal.influence.adaptive import DIRECTION_ERROR, contributions, more_sequences
 from ideal.influence.config import InfluenceConfig
-from ideal.influence.ekfac import Curvature, damped, eigenbasis, inner_products, kfac_eigenvalues
+from ideal.influence.curvature import Curvatures
+from ideal.influence.ekfac import inner_products
+from ideal.influence.joint import solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers
-from ideal.influence.matrix import ratio_covariance
+from ideal.influence.matrix import fixed_form, objective, ratio_covariance
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
+from ideal.influence.result import Influence
 from ideal.influence.samples import (
+    LEAST_SEQUENCES,
     DomainSample,
     Examples,
     SequenceSet,
@@ -33,56 +38,11 @@ from ideal.influence.samples import (
     picked_for_errors,
     whole_reference,
 )
-from ideal.influence.statistics import (
-    Accumulator,
-    Eigenvalues,
-    Gradients,
-    InputCovariance,
-    InputNorms,
-    OutputCovariance,
-    Scores,
-    frozen,
-)
+from ideal.influence.statistics import Accumulator, Gradients, Scores, frozen
 from ideal.influence.storage import Store, opened_store
 
-BASIS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Influence:
-    """What the volume of each domain does to each capability's loss, to first order."""
-
-    domains: list[str]
-    capabilities: list[str]
-    matrix: np.ndarray
-    """[R, n] M in its free form: dL_r / dbeta_j, nats per trained token; negative: more of j lowers L_r."""
-    training_covariance: np.ndarray
-    """[n, R, R] of each column of M, from the sampling of training sequences; nan where unknown. Columns are
-    independent; the curvature is taken as known."""
-    reference_covariance: np.ndarray
-    """[R, n, n] of each row of M, from the sampling of reference rows; nan where unknown. Rows are independent."""
-    shares: np.ndarray
-    """[n] s_j, the domains' shares of the mixture's trained tokens; sum 1."""
-    layers: dict[str, np.ndarray]
-    """[R, n] each tracked layer's part of M."""
-    dropped_layers: list[str]
-    """Tracked layers that `keep_layers` left out."""
-    first_position_share: dict[str, float]
-    """Per tracked layer, the part of trace(A) that the first positions hold; nan if it saw no token."""
-    sequences: dict[str, int]
-    """Distinct sequences used, per domain."""
-    factor_sequences: dict[str, int]
-    """Those that the curvature was estimated on."""
-    tokens: dict[str, int]
-    """The sequences' trained tokens, per domain; a repeated sequence counts once."""
-    reference_sequences: dict[str, int]
-    """Sequences used, per capability."""
-    reference_tokens: dict[str, int]
-    """Their trained tokens, per capability."""
-    solver: dict[str, object]
-    """Of the joint solver: its iterations and residuals; empty without it."""
-    seconds: dict[str, float]
-    """Per phase."""
+JOINT_RESIDUAL = 1e-2
+"""Relative error of the joint solution at which conjugate gradients stop: small beside the standard errors."""
 
 
 def compute_influence(
@@ -91,6 +51,7 @@ def compute_influence(
     references: Mapping[str, Examples],
     config: InfluenceConfig,
     seed: int,
+    weights: Sequence[float] | np.ndarray | None = None,
 ) -> Influence:
     """The influence of every domain's volume on every capability's loss, at the model's parameters.
 
@@ -102,6 +63,7 @@ def compute_influence(
         references: the reference set of each capability; all rows are used.
         config: the estimator.
         seed: decides which rows are sampled and, for the sampled Fisher, their labels.
+        weights: [R] the capabilities' in Q, for `sample_fraction: auto`; None: all alike.
 
     Raises:
         UserError: no trained token in the mixture or in a reference set, `config.layers` match no
@@ -109,24 +71,34 @@ def compute_influence(
     """
     # With auto all rows are drawn, in random order, and taken from the front.
     fraction = 1.0 if config.sample_fraction == "auto" else config.sample_fraction
-    training = [draw_domain(name, domain, fraction, seed) for name, domain in domains.items()]
+    pools = [draw_domain(name, domain, fraction, seed) for name, domain in domains.items()]
     reference = [whole_reference(name, examples) for name, examples in references.items()]
-    _check_tokens(training, reference)
+    _check(pools, reference, config)
     layers = tracked_layers(model, config.layers)
+    alike = np.full(len(reference), 1 / len(reference))
     with frozen(model):
-        first = next(chosen for chosen in training if len(chosen.rows))
-        ids = torch.tensor([first.examples[int(first.rows[0])]["input_ids"]], device=next(model.parameters()).device)
-        engine = _Engine(model, shared_inputs(model, layers, ids), training, reference, config, seed)
+        groups = shared_inputs(model, layers, _first_ids(pools).to(next(model.parameters()).device))
+        engine = _Engine(
+            model, groups, pools, reference, config, seed, alike if weights is None else np.asarray(weights)
+        )
         with opened_store(engine.passes.device, engine.layout.spilled, config.spill) as store:
             return engine.run(store)
 
 
-def _check_tokens(training: list[SequenceSet], reference: list[SequenceSet]) -> None:
-    if not sum(domain.total for domain in training):
+def _check(pools: list[SequenceSet], reference: list[SequenceSet], config: InfluenceConfig) -> None:
+    if not sum(domain.total for domain in pools):
         raise UserError("influence: the mixture has no trained token")
     for capability in reference:
         if not capability.total:
             raise UserError(f"influence: the reference set of {capability.name!r} has no trained token")
+    if config.solver == "cg" and config.factors == "identity":
+        raise UserError("influence.solver: cg takes its damping from the curvature; set influence.factors to ekfac")
+
+
+def _first_ids(pools: list[SequenceSet]) -> Tensor:
+    """[1, S] some sequence."""
+    some = next(chosen for chosen in pools if len(chosen.rows))
+    return torch.tensor([some.examples[int(some.rows[0])]["input_ids"]])
 
 
 @dataclass
@@ -149,8 +121,9 @@ class _Sample:
             inner: [K] <g, V>.
         """
         slots, repeats = self.sequences.slots, self.sequences.repeats
+        scores = all_reduce_(self.scores.clone()).cpu().numpy()[slots]
         return ratio_covariance(
-            repeats[:, None] * self.scores.cpu().numpy()[slots],
+            repeats[:, None] * scores,
             repeats * self.sequences.tokens,
             inner,
             used=len(whole.rows),
@@ -164,27 +137,39 @@ class _Engine:
 
     model: nn.Module
     groups: list[Group]
-    training: list[SequenceSet]
+    pools: list[SequenceSet]
+    """[n] the sequences that may be used, in random order."""
     reference: list[SequenceSet]
     config: InfluenceConfig
     seed: int
-    store: Store = field(init=False)
+    weights: np.ndarray
     layers: dict[str, np.ndarray] = field(default_factory=dict)
+    solver: dict[str, object] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     """[n, O, I] the domains' summed gradients so far, per owned layer."""
-    norms: dict[str, Tensor] = field(default_factory=dict)
-    """Per group, squared norms of first and of all inputs."""
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.model, deal_out(self.groups, world_size()), self.config, self.seed)
-        self.dtype, self.device = self.passes.dtype, self.passes.device
-        self.products = Products(self.dtype, self.config.product_dtype == "bfloat16")
-        sizes = len(self.training), len(self.reference), self.dtype.itemsize
+        self.products = Products(self.passes.dtype, self.config.product_dtype == "bfloat16")
+        sizes = len(self.pools), len(self.reference), self.passes.dtype.itemsize
         self.layout = lay_out(self.groups, self.passes.owners, self.config, *sizes)
-        widest = max(max(group.width, *group.outputs.values()) for group in self.groups)
-        self.factors = factor_parts(self.training, self.config.factor_fraction, widest)
-        self.total = sum(chosen.total for chosen in self.training)
-        self.shares = np.array([chosen.total / self.total for chosen in self.training])
+        self.auto = self.config.sample_fraction == "auto"
+        if len(self.layout.gradient_parts) > 1 and (self.auto or self.config.solver == "cg"):
+            key = "sample_fraction: auto" if self.auto else "solver: cg"
+            raise UserError(
+                f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
+            )
+        self.widest = max(max(group.width, *group.outputs.values()) for group in self.groups)
+        # auto starts with as few as the factors can do with, and their gradients' errors with as many again.
+        self.factors = factor_parts(self.pools, 0.0 if self.auto else self.config.factor_fraction, self.widest)
+        self.training = self.pools
+        if self.auto:
+            self.training = [
+                pool.part(np.arange(min(len(pool.rows), len(factors.rows) + LEAST_SEQUENCES)))
+                for pool, factors in zip(self.pools, self.factors, strict=True)
+            ]
+        self.total = sum(chosen.total for chosen in self.pools)
+        self.shares = np.array([chosen.total / self.total for chosen in self.pools])
         # With the examples' own labels the pass for the eigenvalues gives these sequences' gradients too.
         self.reuse = (
             self.config.factors in ("ekfac", "diagonal") and self.config.fisher == "empirical" and self.layout.whole
@@ -196,199 +181,112 @@ class _Engine:
 
     def run(self, store: Store) -> Influence:
         """All phases."""
-        self.store = store
-        if self.config.factors != "identity":
-            for number, part in enumerate(self.layout.factor_parts):
-                self._estimate_curvature(part, _label(number, self.layout.factor_parts))
-        dropped = self._least_important()
+        self.curvatures = Curvatures(self.passes, self.products, store, self.config, self.total)
+        if self.reuse:
+            self.gradients = self.passes.per_layer(self.groups, len(self.pools))
+        for number, part in enumerate(self.layout.factor_parts):
+            gradients = self.gradients if self.reuse else None
+            label = _label(number, self.layout.factor_parts)
+            self.curvatures.estimate(part, self.factors, gradients, self.auto, label)
+        dropped = self.curvatures.least_important(self.groups)
         self._pick_sequences()
         for number, part in enumerate(self.layout.gradient_parts):
             kept = [group.only(set(group.layers) - dropped) for group in part]
             self._add_matrices([group for group in kept if group.layers], _label(number, self.layout.gradient_parts))
         return self._result(dropped)
 
-    def owned(self, groups: list[Group]) -> list[Group]:
-        """Those whose statistics are this rank's."""
-        return [group for group in groups if self.passes.owners[group.name] == rank()]
-
-    # 1 to 3: the curvature
-
-    def _estimate_curvature(self, part: list[Group], label: str) -> None:
-        owned = self.owned(part)
-        names = [name for group in owned for name in group.layers]
-        bases: dict[str, tuple[Tensor | None, Tensor | None]] = dict.fromkeys(names, (None, None))
-        eigenvalues = {}
-        if self.config.factors in ("ekfac", "kfac"):
-            for name, (basis_O, basis_I, values_O, values_I) in self._eigenbases(part, label).items():
-                bases[name] = basis_O, basis_I
-                if self.config.factors == "kfac":
-                    positions = sum(chosen.positions for chosen in self.factors)
-                    eigenvalues[name] = kfac_eigenvalues(values_O, values_I, positions, self.total).to(self.dtype)
-        if self.config.factors != "kfac":
-            eigenvalues = self._corrected_eigenvalues(part, bases, label)
-        for group in owned:
-            for name in group.layers:
-                self.store.put("eigenvalues", name, eigenvalues[name])
-                self._put_basis("basis_O", name, bases[name][0])
-            self._put_basis("basis_I", group.name, bases[group.name][1])
-
-    def _eigenbases(self, part: list[Group], label: str) -> dict[str, tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Per owned layer Q_S, Q_A, l_S, l_A; the bases take the factors' place in memory."""
-        inputs = {group.name: self._zeros(group.width, group.width) for group in self.owned(part)}
-        outputs = {name: self._zeros(size, size) for group in self.owned(part) for name, size in group.outputs.items()}
-        accumulators: list[Accumulator] = [
-            InputCovariance(inputs, self.products),
-            OutputCovariance(outputs, self.products),
-        ]
-        self._factor_pass("covariances", part, accumulators, label)
-        positions = sum(chosen.positions for chosen in self.factors)
-        dtype = self.dtype if self.config.basis_dtype == "float32" else BASIS_DTYPES[self.config.basis_dtype]
-        with self.passes.timed("eigenbases"):
-            of_inputs = {name: self._decompose(total, positions, dtype) for name, total in _consumed(inputs)}
-            of_outputs = {name: self._decompose(total, positions, dtype) for name, total in _consumed(outputs)}
-        return {
-            name: (of_outputs[name][1], of_inputs[group.name][1], of_outputs[name][0], of_inputs[group.name][0])
-            for group in self.owned(part)
-            for name in group.layers
-        }
-
-    def _decompose(self, total: Tensor, positions: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        total /= positions
-        if not bool(total.isfinite().all()):
-            raise UserError("influence: the layers' statistics are not finite; did training diverge?")
-        values, vectors = eigenbasis(total)
-        return values, vectors.to(dtype)
-
-    def _corrected_eigenvalues(
-        self, part: list[Group], bases: dict[str, tuple[Tensor | None, Tensor | None]], label: str
-    ) -> dict[str, Tensor]:
-        """Per owned layer Lambda [O, I]; with `reuse`, the domains' gradients of these sequences too."""
-        shapes = {name: (size, group.width) for group in self.owned(part) for name, size in group.outputs.items()}
-        sums = {name: self._zeros(*shape) for name, shape in shapes.items()}
-        if self.reuse:
-            self.gradients = {name: self._zeros(len(self.training), *shape) for name, shape in shapes.items()}
-        gradients = self.gradients if self.reuse else None
-        self._factor_pass("eigenvalues", part, [Eigenvalues(sums, bases, self.products, gradients)], label)
-        for name, rotated in self.gradients.items():
-            curvature = Curvature(*bases[name], None)
-            for number, factors in enumerate(self.factors):
-                rotated[number] = curvature.rotate_back(rotated[number]) / (factors.scale or 1.0)
-        return {name: total / self.total for name, total in sums.items()}
-
-    def _factor_pass(self, description: str, part: list[Group], accumulators: list[Accumulator], label: str) -> None:
-        accumulators = [*accumulators, *self._norms_of(part)]
-        sampled = accumulators if self.config.fisher == "sampled" else []
-        self.passes.run(description, part, self.factors, [] if sampled else accumulators, sampled, label)
-
-    def _norms_of(self, part: list[Group]) -> list[InputNorms]:
-        """An accumulator of the inputs' norms, unless they are known."""
-        missing = [group for group in self.owned(part) if group.name not in self.norms]
-        new = {group.name: self._zeros(2) for group in missing}
-        self.norms.update(new)
-        return [InputNorms(new)] if new else []
-
-    def _curvatures(self, group: Group) -> dict[str, Curvature]:
-        """H + D of each of the group's layers."""
-        if self.config.factors == "identity":
-            return {name: Curvature(None, None, None) for name in group.layers}
-        basis_I = self._stored_basis("basis_I", group.name)
-        return {
-            name: Curvature(
-                self._stored_basis("basis_O", name),
-                basis_I,
-                damped(self.store.get("eigenvalues", name), self.config.damping),
-            )
-            for name in group.layers
-        }
-
-    def _put_basis(self, kind: str, name: str, basis: Tensor | None) -> None:
-        if basis is not None:
-            self.store.put(kind, name, basis)
-
-    def _stored_basis(self, kind: str, name: str) -> Tensor | None:
-        if self.config.factors == "diagonal":
-            return None
-        return self.store.get(kind, name).to(self.dtype)
-
-    def _least_important(self) -> set[str]:
-        """The layers that `keep_layers` leaves out: those whose eigenvalues vary most."""
-        names = [name for group in self.groups for name in group.layers]
-        kept = math.ceil(self.config.keep_layers * len(names))
-        if kept == len(names) or self.config.factors == "identity":
-            return set()
-        variances = torch.zeros(len(names), dtype=torch.float64, device=self.device)
-        owned = {name for group in self.owned(self.groups) for name in group.layers}
-        for number, name in enumerate(names):
-            if name in owned:
-                variances[number] = self.store.get("eigenvalues", name).double().var()
-        order = np.argsort(all_reduce_(variances).cpu().numpy(), kind="stable")
-        return {names[number] for number in order[kept:]}
-
-    # 4 to 8: gradients, the matrix and its errors
-
     def _pick_sequences(self) -> None:
-        """Which sequences are scored: in the streamed form all of the domains', else those for the errors."""
+        """Which sequences are scored: with auto and in the streamed form all that come, else those for the errors."""
         wanted = self.config.error_sequences
-        n, R = len(self.training), len(self.reference)
-        picks = [
-            # A domain that is used whole has no sampling error.
-            chosen
-            if self.layout.streamed
-            else picked_for_errors(
-                chosen, rest, 0 if len(chosen.rows) == chosen.population else wanted, "domain", self.seed
-            )
-            for chosen, rest in zip(self.training, self.rest, strict=True)
+        picks = []
+        for chosen, rest in zip(self.training, self.rest, strict=True):
+            if self.auto or self.layout.streamed:
+                picks.append(rest)
+            else:
+                # A domain that is used whole has no sampling error.
+                needed = 0 if len(chosen.rows) == chosen.population else wanted
+                picks.append(picked_for_errors(chosen, rest, needed, "domain", self.seed))
+        self.training_samples = [
+            self._sample(pick, pool, len(self.reference)) for pick, pool in zip(picks, self.pools, strict=True)
         ]
-        self.training_samples = [self._sample(pick, whole, R) for pick, whole in zip(picks, self.training, strict=True)]
-        picks = [picked_for_errors(chosen, chosen, wanted, "reference", self.seed) for chosen in self.reference]
         self.reference_samples = [
-            self._sample(pick, whole, n) for pick, whole in zip(picks, self.reference, strict=True)
+            self._sample(picked_for_errors(chosen, chosen, wanted, "reference", self.seed), chosen, len(self.pools))
+            for chosen in self.reference
         ]
 
     def _sample(self, sequences: SequenceSet, whole: SequenceSet, directions: int) -> _Sample:
-        return _Sample(sequences, torch.zeros(len(whole.rows), directions, dtype=torch.float64, device=self.device))
+        return _Sample(sequences, self._table(len(whole.rows), directions))
+
+    def _table(self, *shape: int) -> Tensor:
+        """Small sums, over layers and ranks."""
+        return torch.zeros(shape, dtype=torch.float64, device=self.passes.device)
+
+    # 4 to 8: gradients, the matrix and its errors
 
     def _add_matrices(self, part: list[Group], label: str) -> None:
         """These layers' parts of M, and of the scores."""
-        directions = self._reference_gradients(part, label)
-        with self.passes.timed("inverse"):
-            self._solve_(part, directions)
-        if not self.layout.streamed and not self.reuse:
-            self.gradients = self._per_layer(part, len(self.training))
-        streams = {name: torch.zeros(len(self.reference), len(self.training), dtype=torch.float64, device=self.device) for name in directions} if self.layout.streamed else None  # fmt: skip
+        references = self._reference_gradients(part, label)
+        directions = self._directions(part, references)
+        streams = None
+        if self.layout.streamed:
+            streams = {name: self._table(len(self.reference), len(self.pools)) for name in directions}
+        elif not self.reuse:
+            self.gradients = self.passes.per_layer(part, len(self.pools))
         self._domain_pass(part, directions, streams, label)
-        seen = torch.tensor([chosen.seen or 1.0 for chosen in self.training], dtype=torch.float64, device=self.device)
-        with self.passes.timed("matrix"):
-            if streams is None:
-                for sums in self.gradients.values():
-                    sums /= seen.to(self.dtype)[:, None, None]
-                products = {name: inner_products(directions[name], self.gradients[name]) for name in directions}
-            else:
-                products = {name: stream / seen for name, stream in streams.items()}
-            self._note(part, products)
+        if self.auto:
+            directions = self._until_certain(part, references, directions)
+        self._note(part, self._products(directions, streams))
         directions.clear()
         if self.config.error_sequences and not self.layout.streamed and self.config.solver == "direct":
             with self.passes.timed("inverse"):
+                for sums in self.gradients.values():
+                    sums /= self._seen().to(sums.dtype)[:, None, None]
                 self._solve_(part, self.gradients)
             self._score("reference errors", part, self.reference_samples, self.gradients, label)
         self.gradients = {}
 
     def _reference_gradients(self, part: list[Group], label: str) -> dict[str, Tensor]:
         """[R, O, I] the capabilities' mean gradients, per owned layer."""
-        sums = self._per_layer(part, len(self.reference))
+        sums = self.passes.per_layer(part, len(self.reference))
         self.passes.run("reference gradients", part, self.reference, [Gradients(sums, self.products)], part=label)
         for tensor in sums.values():
             for number, chosen in enumerate(self.reference):
                 tensor[number] /= chosen.seen
         return sums
 
+    def _directions(self, part: list[Group], references: dict[str, Tensor]) -> dict[str, Tensor]:
+        """V_r [R, O, I], in the place of the gradients unless auto may need them again."""
+        directions = {name: tensor.clone() for name, tensor in references.items()} if self.auto else references
+        with self.passes.timed("inverse"):
+            if self.config.solver == "cg":
+                return self._solve_jointly(part, directions)
+            self._solve_(part, directions)
+        return directions
+
     def _solve_(self, part: list[Group], gradients: dict[str, Tensor]) -> None:
         """(H + D)^-1 V in place of the owned layers' V [K, O, I]."""
-        for group in self.owned(part):
-            for name, curvature in self._curvatures(group).items():
+        for group in self.passes.owned(part):
+            for name, curvature in self.curvatures.of(group).items():
                 # One at a time: what the solution needs on the way is one gradient's size, not K.
-                for gradient_OI in gradients[name]:
+                for gradient_OI in gradients.get(name, ()):
                     gradient_OI.copy_(curvature.solve(gradient_OI))
+
+    def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+        owned = self.passes.owned(part)
+        solution = solve_joint(
+            self.model,
+            {name: layer for group in part for name, layer in group.layers.items()},
+            lambda: self.passes.batches(self.factors, drawn=False),
+            gradients,
+            {name: one for group in owned for name, one in self.curvatures.of(group).items()},
+            {name: value for group in owned for name, value in self.curvatures.damping_of(group).items()},
+            self.total,
+            self.config.solver_iterations,
+            JOINT_RESIDUAL,
+            {name: self.passes.owners[group.name] for group in part for name in group.layers},
+        )
+        self.solver = {"iterations": solution.iterations, "residuals": solution.residuals}
+        return dict(solution.solutions)
 
     def _domain_pass(
         self, part: list[Group], directions: dict[str, Tensor], streams: dict[str, Tensor] | None, label: str
@@ -396,20 +294,20 @@ class _Engine:
         """The domains' gradients, or in the streamed form their products with V_r, and the picked scores."""
         samples = self.training_samples
         inside = [
-            np.isin(sample.sequences.slots, rest.slots).all() for sample, rest in zip(samples, self.rest, strict=True)
+            bool(np.isin(sample.sequences.slots, rest.slots).all())
+            for sample, rest in zip(samples, self.rest, strict=True)
         ]
-        accumulators: list[Accumulator] = [*self._norms_of(part)]
+        accumulators = self.curvatures.first_positions.accumulators(part)
         if streams is None:
             accumulators.append(Gradients(self.gradients, self.products))
-        if streams is not None or self.config.error_sequences:
+        if streams is not None or self.auto or self.config.error_sequences:
             picked = [sample.slots if here else set() for sample, here in zip(samples, inside, strict=True)]
             tables = [sample.scores for sample in samples]
             accumulators.append(Scores(tables, picked, directions, self.products, streams))
         self.passes.run("domain gradients", part, self.rest, accumulators, part=label)
         if not all(inside) and self.config.error_sequences:
-            nothing = np.zeros(0, dtype=np.int64)
             left = [
-                _Sample(sample.sequences.part(nothing), sample.scores) if here else sample
+                _Sample(sample.sequences.part(np.arange(0)), sample.scores) if here else sample
                 for sample, here in zip(samples, inside, strict=True)
             ]
             self._score("domain errors", part, left, directions, label)
@@ -420,23 +318,94 @@ class _Engine:
         """Adds these layers' part to the samples' scores along V [K, O, I]."""
         tables, picked = [sample.scores for sample in samples], [sample.slots for sample in samples]
         sets = [sample.sequences for sample in samples]
-        self.passes.run(description, part, sets, [Scores(tables, picked, directions, self.products)], part=label)
+        accumulators: list[Accumulator] = [Scores(tables, picked, directions, self.products)]
+        self.passes.run(description, part, sets, accumulators, part=label)
+
+    def _until_certain(
+        self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Adds sequences until alpha's direction is known to DIRECTION_ERROR, or none is left; V_r at the end."""
+        while True:
+            matrix = self._sum(self._products(directions, None))
+            alpha = objective(fixed_form(matrix, self.shares), self.weights)
+            size = float(np.linalg.norm(alpha)) or 1.0
+            parts = contributions(self._training_covariance(matrix), self.shares, self.weights) / size**2
+            halves = [self._alpha_of_half(part, references, half) for half in (0, 1)]
+            of_factors = float(np.linalg.norm(halves[0] - halves[1])) / 2 / size
+            used = [len(chosen.rows) for chosen in self.training]
+            say(
+                f"influence: {sum(used):,} of {sum(len(pool.rows) for pool in self.pools):,} sequences,"
+                f" {sum(len(chosen.rows) for chosen in self.factors):,} for the curvature: alpha's direction known to"
+                f" {math.sqrt(parts.sum()):.1%} (sequences) and {of_factors:.1%} (curvature)"
+            )
+            wanted = more_sequences(used, [len(pool.rows) for pool in self.pools], parts)
+            room = any(len(f.rows) < len(pool.rows) for f, pool in zip(self.factors, self.pools, strict=True))
+            if of_factors > DIRECTION_ERROR and room:
+                fraction = 2 * sum(len(f.rows) for f in self.factors) / sum(len(pool.rows) for pool in self.pools)
+                self.factors = factor_parts(self.pools, min(1.0, fraction), self.widest)
+                self.curvatures.estimate(part, self.factors, halves=True)
+                directions = self._directions(part, references)
+            elif wanted == used:
+                return directions
+            self._take(wanted)
+            self._domain_pass(part, directions, None, "")
+
+    def _take(self, wanted: list[int]) -> None:
+        """Adds sequences to the domains', up to these numbers."""
+        for number, (pool, count) in enumerate(zip(self.pools, wanted, strict=True)):
+            before = self.training[number]
+            self.training[number] = pool.part(np.arange(count))
+            self.rest[number] = self.training[number].without(before)
+            sample = self.training_samples[number]
+            slots = np.concatenate([sample.sequences.slots, self.rest[number].slots])
+            self.training_samples[number] = _Sample(pool.part(slots), sample.scores)
+
+    def _alpha_of_half(self, part: list[Group], references: dict[str, Tensor], half: int) -> np.ndarray:
+        """[n] the fixed-volume alpha with the curvature of half of its sequences."""
+        products = {}
+        for group in self.passes.owned(part):
+            for name, curvature in self.curvatures.of(group, half).items():
+                if name in references:
+                    solved = torch.stack([curvature.solve(gradient_OI) for gradient_OI in references[name]])
+                    products[name] = inner_products(solved, self.gradients[name]) / self._seen()
+        return objective(fixed_form(self._sum(products), self.shares), self.weights)
+
+    def _seen(self) -> Tensor:
+        """[n] trained tokens behind the domains' gradients; 1 where there is none."""
+        return torch.tensor(
+            [chosen.seen or 1.0 for chosen in self.training], dtype=torch.float64, device=self.passes.device
+        )
+
+    def _products(self, directions: dict[str, Tensor], streams: dict[str, Tensor] | None) -> dict[str, Tensor]:
+        """<V_r, g_j> [R, n] of the owned layers."""
+        with self.passes.timed("matrix"):
+            if streams is not None:
+                return {name: stream / self._seen() for name, stream in streams.items()}
+            return {name: inner_products(directions[name], self.gradients[name]) / self._seen() for name in directions}
+
+    def _sum(self, products: dict[str, Tensor]) -> np.ndarray:
+        """[R, n] M of all ranks' layers."""
+        table = self._table(len(self.reference), len(self.pools))
+        for product in products.values():
+            table += product
+        return -self.shares * all_reduce_(table).cpu().numpy()
 
     def _note(self, part: list[Group], products: dict[str, Tensor]) -> None:
-        """Takes up the layers' parts of M from their owners' <V_r, g_j>, [R, n] each."""
+        """Takes up the layers' parts of M from their owners."""
         for group in part:
             for name in group.layers:
-                shape = len(self.reference), len(self.training)
-                table = products.get(name, torch.zeros(shape, dtype=torch.float64, device=self.device))
-                self.layers[name] = -self.shares * all_reduce_(table).cpu().numpy()
+                self.layers[name] = self._sum({name: products[name]} if name in products else {})
                 if not np.isfinite(self.layers[name]).all():
                     raise UserError(f"influence: the statistics of {name} are not finite; did training diverge?")
 
     def _result(self, dropped: set[str]) -> Influence:
         """What all parts give together."""
         matrix = np.sum(list(self.layers.values()), axis=0)
+        factors = dict.fromkeys([pool.name for pool in self.pools], 0)
+        if self.config.factors != "identity":
+            factors = {chosen.name: len(chosen.rows) for chosen in self.factors}
         return Influence(
-            domains=[domain.name for domain in self.training],
+            domains=[domain.name for domain in self.pools],
             capabilities=[capability.name for capability in self.reference],
             matrix=matrix,
             training_covariance=self._training_covariance(matrix),
@@ -444,67 +413,37 @@ class _Engine:
             shares=self.shares,
             layers=self.layers,
             dropped_layers=[name for group in self.groups for name in group.layers if name in dropped],
-            first_position_share=self._first_position_share(),
+            first_position_share=self.curvatures.first_positions.shares(self.groups),
             sequences={domain.name: len(domain.rows) for domain in self.training},
-            factor_sequences={
-                domain.name: len(domain.rows) if self.config.factors != "identity" else 0 for domain in self.factors
-            },
+            factor_sequences=factors,
             tokens={domain.name: int(domain.tokens.sum()) for domain in self.training},
             reference_sequences={capability.name: len(capability.rows) for capability in self.reference},
             reference_tokens={capability.name: int(capability.tokens.sum()) for capability in self.reference},
-            solver={},
+            solver=self.solver,
             seconds=self.passes.seconds,
         )
 
     def _training_covariance(self, matrix: np.ndarray) -> np.ndarray:
         """[n, R, R], of -s_j <g_j, V_r> in g_j."""
-        found = np.full((len(self.training), *[len(self.reference)] * 2), math.nan)
-        if not self.config.error_sequences:
+        found = np.full((len(self.pools), *[len(self.reference)] * 2), math.nan)
+        if not self.config.error_sequences and not self.auto:
             return found
         for number, (chosen, sample) in enumerate(zip(self.training, self.training_samples, strict=True)):
-            all_reduce_(sample.scores)
             share = self.shares[number]
-            found[number] = 0.0
-            if share:
-                found[number] = share**2 * sample.covariance(chosen, -matrix[:, number] / share)
+            inner = -matrix[:, number] / share if share else np.zeros(len(matrix))
+            found[number] = share**2 * sample.covariance(chosen, inner) if share else 0.0
         return found
 
     def _reference_covariance(self, matrix: np.ndarray) -> np.ndarray:
         """[R, n, n], of -s_j <g_r, V_j> in g_r."""
-        found = np.full((len(self.reference), *[len(self.training)] * 2), math.nan)
+        found = np.full((len(self.reference), *[len(self.pools)] * 2), math.nan)
         if not self.config.error_sequences or self.layout.streamed or self.config.solver != "direct":
             return found
         inner = np.divide(-matrix, self.shares, out=np.zeros_like(matrix), where=self.shares > 0)
         for number, (chosen, sample) in enumerate(zip(self.reference, self.reference_samples, strict=True)):
-            all_reduce_(sample.scores)
             found[number] = np.outer(self.shares, self.shares) * sample.covariance(chosen, inner[number])
         return found
-
-    def _first_position_share(self) -> dict[str, float]:
-        shares: dict[str, float] = {}
-        for group in self.groups:
-            first, every = all_reduce_(self.norms.get(group.name, self._zeros(2))).tolist()
-            shares |= dict.fromkeys(group.layers, first / every if every else math.nan)
-        return shares
-
-    def _zeros(self, *shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def _per_layer(self, part: list[Group], count: int) -> dict[str, Tensor]:
-        """Zeros [count, O, I] for each owned layer."""
-        return {
-            name: self._zeros(count, size, group.width)
-            for group in self.owned(part)
-            for name, size in group.outputs.items()
-        }
 
 
 def _label(number: int, parts: list[list[Group]]) -> str:
     return f", part {number + 1}/{len(parts)}" if len(parts) > 1 else ""
-
-
-def _consumed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Items that are let go of as soon as the next one is asked for."""
-    while tensors:
-        name = next(iter(tensors))
-        yield name, tensors.pop(name)

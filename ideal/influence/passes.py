@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ideal.distributed import progress, rank, world_size
 from ideal.influence.config import InfluenceConfig
@@ -28,6 +28,22 @@ class Passes:
         self.seconds: dict[str, float] = {}
         self.positions = 0
         """Positions that went through the model so far, on all ranks."""
+
+    def owned(self, groups: Sequence[Group]) -> list[Group]:
+        """Those whose statistics are this rank's."""
+        return [group for group in groups if self.owners[group.name] == rank()]
+
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum that starts."""
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def per_layer(self, part: Sequence[Group], count: int) -> dict[str, Tensor]:
+        """Zeros [count, O, I] for each owned layer."""
+        return {
+            name: self.zeros(count, size, group.width)
+            for group in self.owned(part)
+            for name, size in group.outputs.items()
+        }
 
     def run(
         self,

@@ -31,7 +31,7 @@ from tiny import (
 from torch import nn
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, fixed_form, samples
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, curvature, engine, fixed_form, samples
 from ideal.seeding import generator
 
 FACTORS = ("ekfac", "kfac", "diagonal", "identity")
@@ -81,36 +81,40 @@ def test_identity_is_the_gradients_product(world):
 
 def kfac_for_ekfac(monkeypatch):
     right = engine._Engine.__post_init__
-    kfac = lambda self: (setattr(self, "config", replace(self.config, factors="kfac")), right(self))  # noqa: E731
-    monkeypatch.setattr(engine._Engine, "__post_init__", kfac)
+
+    def wrong(self):
+        self.config = replace(self.config, factors="kfac")
+        right(self)
+
+    monkeypatch.setattr(engine._Engine, "__post_init__", wrong)
 
 
 def transposed_bases(monkeypatch):
-    right = engine.eigenbasis
-    monkeypatch.setattr(engine, "eigenbasis", lambda matrix: (right(matrix)[0], right(matrix)[1].mT))
+    right = curvature.eigenbasis
+    monkeypatch.setattr(curvature, "eigenbasis", lambda matrix: (right(matrix)[0], right(matrix)[1].mT))
 
 
 def transposed_at_the_end(monkeypatch):
-    right = engine.Curvature.rotate
+    right = curvature.Curvature.rotate
 
     def wrong(self, gradients):
         return right(replace(self, basis_O=self.basis_O.mT, basis_I=self.basis_I.mT), gradients)
 
-    monkeypatch.setattr(engine.Curvature, "rotate", wrong)
+    monkeypatch.setattr(curvature.Curvature, "rotate", wrong)
 
 
 def doubled_damping(monkeypatch):
-    right = engine.damped
-    monkeypatch.setattr(engine, "damped", lambda eigenvalues, damping: right(eigenvalues, 2 * damping))
+    right = curvature.damped
+    monkeypatch.setattr(curvature, "damped", lambda eigenvalues, damping: right(eigenvalues, 2 * damping))
 
 
 def multiplying(monkeypatch):
-    monkeypatch.setattr(engine.Curvature, "divide", lambda self, rotated: rotated * self.damped_OI)
+    monkeypatch.setattr(curvature.Curvature, "divide", lambda self, rotated: rotated * self.damped_OI)
 
 
 def without_positions_per_token(monkeypatch):
-    right = engine.kfac_eigenvalues
-    monkeypatch.setattr(engine, "kfac_eigenvalues", lambda out, into, positions, tokens: right(out, into, 1, 1))
+    right = curvature.kfac_eigenvalues
+    monkeypatch.setattr(curvature, "kfac_eigenvalues", lambda out, into, positions, tokens: right(out, into, 1, 1))
 
 
 @pytest.mark.parametrize(

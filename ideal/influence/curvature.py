@@ -1,0 +1,194 @@
+"""The curvature of the tracked layers, estimated at their owners and kept until it is asked for.
+
+1 covariances and 2 eigenbases, 3 eigenvalues; the mathematics is in ekfac.py, what is summed in
+statistics.py. Suffixes: n domains, I in, O out.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ideal.distributed import all_reduce_
+from ideal.errors import UserError
+from ideal.influence.config import InfluenceConfig
+from ideal.influence.ekfac import Curvature, damped, eigenbasis, kfac_eigenvalues
+from ideal.influence.layers import Group
+from ideal.influence.passes import Passes
+from ideal.influence.products import Products
+from ideal.influence.samples import SequenceSet
+from ideal.influence.statistics import Accumulator, Eigenvalues, InputCovariance, InputNorms, OutputCovariance
+from ideal.influence.storage import Store
+
+BASIS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Bases = dict[str, tuple[Tensor | None, Tensor | None]]
+"""Per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity."""
+
+
+class FirstPositions:
+    """How much of trace(A) the first positions hold, per layer: attention sinks live there."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self.norms: dict[str, Tensor] = {}
+
+    def accumulators(self, part: Sequence[Group]) -> list[Accumulator]:
+        """For one pass, of the owned groups that no pass has seen yet."""
+        new = {g.name: self.passes.zeros(2) for g in self.passes.owned(part) if g.name not in self.norms}
+        self.norms.update(new)
+        return [InputNorms(new)] if new else []
+
+    def shares(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Per layer; nan if it saw no token."""
+        shares: dict[str, float] = {}
+        for group in groups:
+            first, every = all_reduce_(self.norms.get(group.name, self.passes.zeros(2))).tolist()
+            shares |= dict.fromkeys(group.layers, first / every if every else math.nan)
+        return shares
+
+
+class Curvatures:
+    """H + D of every owned layer, from part of the domains' sequences."""
+
+    def __init__(self, passes: Passes, products: Products, store: Store, config: InfluenceConfig, total: float) -> None:
+        """total: T, the mixture's trained tokens, which the sequences' weights sum to."""
+        self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
+        self.first_positions = FirstPositions(passes)
+
+    def estimate(
+        self,
+        part: list[Group],
+        factors: list[SequenceSet],
+        gradients: dict[str, Tensor] | None = None,
+        halves: bool = False,
+        label: str = "",
+    ) -> None:
+        """Phases 1 to 3 for these layers; replaces an earlier estimate.
+
+        Args:
+            factors: the sequences, [n], weighted so that they stand for the domains.
+            gradients: per owned layer [n, O, I]; takes up the sums of the sequences' gradients times their repeats.
+            halves: keeps the eigenvalues of half of the sequences too.
+        """
+        if self.config.factors == "identity":
+            return
+        bases: Bases = {name: (None, None) for group in self.passes.owned(part) for name in group.layers}
+        if self.config.factors in ("ekfac", "kfac"):
+            bases = self._eigenbases(part, factors, label)
+        if self.config.factors in ("ekfac", "diagonal"):
+            self._correct_eigenvalues(part, factors, bases, gradients, halves, label)
+
+    def _eigenbases(self, part: list[Group], factors: list[SequenceSet], label: str) -> Bases:
+        """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too."""
+        zeros, owned = self.passes.zeros, self.passes.owned(part)
+        inputs = {group.name: zeros(group.width, group.width) for group in owned}
+        outputs = {name: zeros(size, size) for group in owned for name, size in group.outputs.items()}
+        accumulators: list[Accumulator] = [
+            InputCovariance(inputs, self.products),
+            OutputCovariance(outputs, self.products),
+        ]
+        self._run("covariances", part, factors, accumulators, label)
+        positions = sum(chosen.positions for chosen in factors)
+        with self.passes.timed("eigenbases"):
+            of_inputs = {name: self._decompose(total, positions) for name, total in _consumed(inputs)}
+            of_outputs = {name: self._decompose(total, positions) for name, total in _consumed(outputs)}
+        bases: Bases = {}
+        for group in owned:
+            values_I, basis_I = of_inputs[group.name]
+            self.store.put("basis_I", group.name, basis_I)
+            for name in group.layers:
+                values_O, basis_O = of_outputs[name]
+                self.store.put("basis_O", name, basis_O)
+                bases[name] = basis_O, basis_I
+                if self.config.factors == "kfac":
+                    eigenvalues = kfac_eigenvalues(values_O, values_I, positions, self.total)
+                    self.store.put("eigenvalues", name, eigenvalues.to(self.passes.dtype))
+        return bases
+
+    def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:
+        total /= positions
+        if not bool(total.isfinite().all()):
+            raise UserError("influence: the layers' statistics are not finite; did training diverge?")
+        values, vectors = eigenbasis(total)
+        exact = self.passes.dtype == torch.float64
+        return values, vectors if exact else vectors.to(BASIS_DTYPES[self.config.basis_dtype])
+
+    def _correct_eigenvalues(
+        self,
+        part: list[Group],
+        factors: list[SequenceSet],
+        bases: Bases,
+        gradients: dict[str, Tensor] | None,
+        halves: bool,
+        label: str,
+    ) -> None:
+        """Lambda, and the gradients, which are rotated back."""
+        shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
+        sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
+        half = {name: self.passes.zeros(*shape) for name, shape in shapes.items()} if halves else None
+        accumulator = Eigenvalues(sums, bases, self.products, gradients, half)
+        self._run("eigenvalues", part, factors, [accumulator], label)
+        for name, total in sums.items():
+            self.store.put("eigenvalues", name, total / self.total)
+            if half is not None:
+                self.store.put("half", name, half[name] * (2 / self.total))
+        for name, rotated in (gradients or {}).items():
+            curvature = Curvature(*bases[name], None)
+            for number, chosen in enumerate(factors):
+                rotated[number] = curvature.rotate_back(rotated[number]) / (chosen.scale or 1.0)
+
+    def _run(
+        self, description: str, part: list[Group], factors: list[SequenceSet], sums: list[Accumulator], label: str
+    ) -> None:
+        sums = [*sums, *self.first_positions.accumulators(part)]
+        sampled = sums if self.config.fisher == "sampled" else []
+        self.passes.run(description, part, factors, [] if sampled else sums, sampled, label)
+
+    def of(self, group: Group, half: int | None = None) -> dict[str, Curvature]:
+        """H + D of each of an owned group's layers; or with the eigenvalues of one half of the sequences, 0 or 1."""
+        if self.config.factors == "identity":
+            return {name: Curvature(None, None, None) for name in group.layers}
+        basis_I = self._basis("basis_I", group.name)
+        return {
+            name: Curvature(
+                self._basis("basis_O", name), basis_I, damped(self._eigenvalues(name, half), self.config.damping)
+            )
+            for name in group.layers
+        }
+
+    def damping_of(self, group: Group) -> dict[str, float]:
+        """D_l of each of an owned group's layers, in the units of H."""
+        return {name: self.config.damping * float(self._eigenvalues(name).mean()) for name in group.layers}
+
+    def _eigenvalues(self, name: str, half: int | None = None) -> Tensor:
+        whole = self.store.get("eigenvalues", name)
+        if half is None:
+            return whole
+        first = self.store.get("half", name)
+        return first if half == 0 else 2 * whole - first
+
+    def _basis(self, kind: str, name: str) -> Tensor | None:
+        return None if self.config.factors == "diagonal" else self.store.get(kind, name).to(self.passes.dtype)
+
+    def least_important(self, groups: list[Group]) -> set[str]:
+        """The layers that `keep_layers` leaves out: those whose eigenvalues vary most."""
+        names = [name for group in groups for name in group.layers]
+        kept = math.ceil(self.config.keep_layers * len(names))
+        if kept == len(names) or self.config.factors == "identity":
+            return set()
+        variances = torch.zeros(len(names), dtype=torch.float64, device=self.passes.device)
+        owned = {name for group in self.passes.owned(groups) for name in group.layers}
+        for number, name in enumerate(names):
+            if name in owned:
+                variances[number] = self._eigenvalues(name).double().var()
+        order = np.argsort(all_reduce_(variances).cpu().numpy(), kind="stable")
+        return {names[number] for number in order[kept:]}
+
+
+def _consumed(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Items that are let go of as soon as the next one is asked for."""
+    while tensors:
+        name = next(iter(tensors))
+        yield name, tensors.pop(name)

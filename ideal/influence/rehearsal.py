@@ -1,0 +1,314 @@
+"""The outer step on fake tensors: what each phase would hold and compute, at one rank of any number.
+
+The phases are the engine's own. Of each pass one step is run, that of the longest sequences, for its memory, and
+one of sequences of mean length, whose work is multiplied; what asks for values is left out.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ideal.distributed import rank, rehearsed, world_size
+from ideal.footprint import Footprint, Work
+from ideal.influence.config import InfluenceConfig
+from ideal.influence.engine import Influence, _Engine
+from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
+from ideal.influence.passes import Passes
+from ideal.influence.samples import SequenceSet
+from ideal.influence.statistics import Accumulator, Scores, Tracker, frozen
+from ideal.influence.storage import Store
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of the outer step, over all its parts."""
+
+    memory: dict[str, int]
+    """Bytes by kind at its peak."""
+    work: Work
+    sequences: int
+    """That go through the model, on all ranks, all passes together."""
+    passes: float
+    """Over its sequences: one for each part of the layers."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What the outer step would take at the rank that holds most."""
+
+    phases: dict[str, Phase]
+    layout: Layout
+    spilled: int
+    """Bytes in the store, where it is not with the model."""
+
+
+def rehearse(
+    model: nn.Module,
+    training: list[SequenceSet],
+    reference: list[SequenceSet],
+    config: InfluenceConfig,
+    ranks: int,
+    *,
+    vocabulary: int,
+    timed: bool = True,
+) -> Rehearsal:
+    """Goes through all phases; call it inside `footprint.fake()`, with a model made there.
+
+    Args:
+        vocabulary: entries of the last dimension of logits.
+        timed: whether work is wanted too, which takes twice as long.
+
+    Raises:
+        UserError: as compute_influence does.
+    """
+    layers = tracked_layers(model, config.layers)
+    with frozen(model):
+        groups = shared_inputs(model, layers, torch.zeros(1, 2, dtype=torch.int64))
+        busiest = _busiest(groups, config, len(training), len(reference), ranks)
+        with rehearsed(busiest, ranks):
+            engine = _RehearsedEngine(model, groups, training, reference, config, 0)
+            return engine.rehearse(vocabulary, timed)
+
+
+def _busiest(groups: list[Group], config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> int:
+    """The rank that owns most bytes."""
+    owners, load = deal_out(groups, ranks), np.zeros(ranks)
+    streamed = lay_out(groups, owners, config, domains, capabilities, 4).streamed
+    for group in groups:
+        size = sizes_of(group, config, domains, capabilities, 4)
+        load[owners[group.name]] += size.factors + size.directions + (0 if streamed else size.gradients)
+    return int(load.argmax())
+
+
+class _RehearsedEngine(_Engine):
+    """The engine without values."""
+
+    def rehearse(self, vocabulary: int, timed: bool) -> Rehearsal:
+        """All phases."""
+        footprint = Footprint(lambda tensor: "logits" if tensor.shape[-1:] == (vocabulary,) else "activations")
+        passes = _RehearsedPasses(self.model, self.passes.owners, self.config, footprint, timed)
+        self.passes, self.footprint = passes, footprint
+        store = _RehearsedStore(self.layout.spilled, footprint)
+        with footprint:
+            self.run(store)
+        memory = footprint.peaks()
+        return Rehearsal(
+            {
+                name: Phase(peak, footprint.work[name], passes.sequences[name], passes.runs[name])
+                for name, peak in memory.items()
+                if name
+            },
+            self.layout,
+            store.spilled,
+        )
+
+    def _zeros(self, *shape: int) -> Tensor:
+        tensor = super()._zeros(*shape)
+        self.footprint.rename(tensor, "gradients" if len(shape) == 3 else "factors")
+        return tensor
+
+    def _least_important(self) -> set[str]:
+        names = [name for group in self.groups for name in group.layers]
+        return set(names[-(-int(self.config.keep_layers * len(names)) // 1) :])
+
+    def _note(self, part: list[Group], products: dict[str, Tensor]) -> None:
+        """M has values alone."""
+
+    def _result(self, dropped: set[str]) -> Influence:
+        return cast(Influence, None)
+
+
+class _RehearsedStore(Store):
+    """Shapes instead of tensors where the real one would hold them elsewhere."""
+
+    def __init__(self, elsewhere: bool, footprint: Footprint) -> None:
+        super().__init__(torch.device("cpu"), "device")
+        self.elsewhere, self.footprint = elsewhere, footprint
+        self.shapes: dict[tuple[str, str], tuple[torch.Size, torch.dtype]] = {}
+
+    @property
+    def spilled(self) -> int:
+        """Bytes that are elsewhere."""
+        return sum(shape.numel() * dtype.itemsize for shape, dtype in self.shapes.values())
+
+    def put(self, kind: str, name: str, tensor: Tensor) -> None:
+        """Keeps a tensor, or its shape."""
+        self.footprint.rename(tensor, "factors")
+        if self.elsewhere:
+            self.shapes[kind, name] = tensor.shape, tensor.dtype
+        else:
+            super().put(kind, name, tensor)
+
+    def get(self, kind: str, name: str) -> Tensor:
+        """The tensor, or a new one like it."""
+        if not self.elsewhere:
+            return super().get(kind, name)
+        shape, dtype = self.shapes[kind, name]
+        tensor = torch.empty(shape, dtype=dtype)
+        self.footprint.rename(tensor, "factors")
+        return tensor
+
+
+class _RehearsedPasses(Passes):
+    """One step for each kind of pass, in place of all."""
+
+    def __init__(
+        self, model: nn.Module, owners: dict[str, int], config: InfluenceConfig, footprint: Footprint, timed: bool
+    ) -> None:
+        super().__init__(model, owners, config, 0)
+        self.footprint, self.wants_work = footprint, timed
+        self.sequences: dict[str, int] = defaultdict(int)
+        self.runs: dict[str, int] = defaultdict(int)
+        # What was found, by what was run: equal parts are run once.
+        self.known: dict[Any, tuple[dict[str, int], Work]] = {}
+
+    def run(
+        self,
+        description: str,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        true: Sequence[Accumulator],
+        sampled: Sequence[Accumulator] = (),
+        part: str = "",
+    ) -> None:
+        """Notes memory and work of all batches of `sets`."""
+        if not any(len(chosen.rows) for chosen in sets):
+            return
+        self.sequences[description] += sum(len(chosen.rows) for chosen in sets)
+        self.runs[description] += 1
+        shapes = tuple((group.width, *group.outputs.values(), self.owners[group.name] == rank()) for group in groups)
+        key = description, shapes, tuple(len(chosen.rows) for chosen in sets)
+        with self.timed(description):
+            if key in self.known:
+                peak, work = self.known[key]
+                self.footprint.passing(peak)
+            else:
+                tracker = Tracker(self.model, groups, self.owners, self.dtype)
+                with tracker.hooked():
+                    peak = self._largest(tracker, sets, true, sampled)
+                    work = self._all(tracker, sets, true, sampled) if self.wants_work else Work()
+                self.known[key] = peak, work
+            self.footprint.work[description] += work
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Names the phase."""
+        before, self.footprint.phase = self.footprint.phase, phase
+        yield
+        self.footprint.phase = before
+
+    def _largest(
+        self,
+        tracker: Tracker,
+        sets: Sequence[SequenceSet],
+        true: Sequence[Accumulator],
+        sampled: Sequence[Accumulator],
+    ) -> dict[str, int]:
+        """Runs the steps that need most memory; bytes by kind."""
+        phase, start = self.footprint.phase, self.footprint.now
+        before = self.footprint.work[phase]
+        for chosen in {_longest(sets, self._share), _most_scored(sets, true, self._share)}:
+            self._step(tracker, sets, chosen, true, sampled)
+        self.footprint.work[phase] = before
+        return self.footprint.peaks(start).get(phase, {})
+
+    def _all(
+        self,
+        tracker: Tracker,
+        sets: Sequence[SequenceSet],
+        true: Sequence[Accumulator],
+        sampled: Sequence[Accumulator],
+    ) -> Work:
+        """The work of all steps, from one of sequences of mean length."""
+        phase = self.footprint.phase
+        before, self.footprint.phase = self.footprint.work[phase], "work"
+        plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
+        lengths = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in sets]).astype(float)
+        picked = _typical(sets, float(lengths.mean()), self._share)
+        self._step(tracker, sets, picked, plain, sampled)
+        step = sets[picked[0]].examples.positions[sets[picked[0]].rows[list(picked[1])]].astype(float)
+        work = self.footprint.work.pop("work").times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
+        self.footprint.phase = phase
+        self.footprint.work[phase] = before
+        for accumulator in true:
+            if isinstance(accumulator, Scores):
+                work += _scoring(accumulator, float(lengths.mean()))
+        return work
+
+    @property
+    def _share(self) -> int:
+        return self.config.batch_size * world_size()
+
+    def _step(
+        self,
+        tracker: Tracker,
+        sets: Sequence[SequenceSet],
+        chosen: "_Chosen",
+        true: Sequence[Accumulator],
+        sampled: Sequence[Accumulator],
+    ) -> None:
+        number, places = chosen
+        nothing = np.zeros(0, dtype=np.int64)
+        alone = [
+            whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)
+        ]
+        for batch in self.batches(alone, bool(sampled)):
+            tracker.run(batch, true, sampled)
+
+
+_Chosen = tuple[int, tuple[int, ...]]
+"""The number of a set, and the places of some of its sequences."""
+
+
+def _longest(sets: Sequence[SequenceSet], share: int) -> _Chosen:
+    """The step of the longest sequences."""
+    number = max(range(len(sets)), key=lambda k: _sum_of_longest(sets[k], share))
+    return number, tuple(_longest_first(sets[number])[:share].tolist())
+
+
+def _sum_of_longest(chosen: SequenceSet, share: int) -> float:
+    return float(np.sort(chosen.examples.positions[chosen.rows])[-share:].sum())
+
+
+def _longest_first(chosen: SequenceSet) -> np.ndarray:
+    return np.argsort(-chosen.examples.positions[chosen.rows], kind="stable")
+
+
+def _most_scored(sets: Sequence[SequenceSet], true: Sequence[Accumulator], share: int) -> _Chosen:
+    """The step in which most sequences are scored; the one of the longest if none is."""
+    best = 0, _longest(sets, share)
+    for accumulator in true:
+        for number, chosen in enumerate(sets):
+            if not isinstance(accumulator, Scores) or not accumulator.picked[number]:
+                continue
+            order = _longest_first(chosen)
+            scored = np.isin(chosen.slots[order], list(accumulator.picked[number]))
+            counts = np.add.reduceat(scored.astype(int), np.arange(0, len(order), share))
+            start = int(counts.argmax()) * share
+            if counts.max() > best[0]:
+                best = int(counts.max()), (number, tuple(order[start : start + share].tolist()))
+    return best[1]
+
+
+def _typical(sets: Sequence[SequenceSet], length: float, share: int) -> _Chosen:
+    """A step of sequences as long as the mean, of the largest set."""
+    number = max(range(len(sets)), key=lambda k: len(sets[k].rows))
+    distance = np.abs(sets[number].examples.positions[sets[number].rows] - length)
+    return number, tuple(np.argsort(distance, kind="stable")[:share].tolist())
+
+
+def _scoring(scores: Scores, length: float) -> Work:
+    """The work of scoring all picked sequences at this rank's layers: their gradients, and products with K of them."""
+    sequences = sum(len(picked) for picked in scores.picked)
+    work = Work()
+    for directions in scores.directions.values():
+        count, outputs, inputs = directions.shape
+        size = outputs * inputs
+        work += Work(wide=2.0 * size * (length + count), moved=16.0 * size)
+    return work.times(sequences)
