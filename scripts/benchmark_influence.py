@@ -4,7 +4,7 @@
     python scripts/benchmark_influence.py                        workload W (a small Llama with random weights)
     python scripts/benchmark_influence.py --model DIR            a trained checkpoint on real sequences
     python scripts/benchmark_influence.py --model DIR --train-steps 30 --keep DIR2        ... trained here first
-    python scripts/benchmark_influence.py --model DIR --fractions 0.5 0.25 0.1 --draws 3
+    python scripts/benchmark_influence.py --model DIR --sequences 100 --fractions 0.5 0.25 0.1 --draws 3
     python scripts/benchmark_influence.py --variant "half: keep_layers=0.5" --variant "pair: processes=2"
     python scripts/benchmark_influence.py --shape llama-3.2-1b --sides engine engine-bf16 kronfluence    on a GPU
 
@@ -92,7 +92,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, with --shape")
     add("--sides", nargs="+", default=DEFAULT_SIDES, choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
     add("--variant", action="append", default=[], type=variant, metavar='"NAME: KEY=VALUE, ..."', help="more engines")
-    add("--fractions", nargs="+", type=float, default=[], help="factor_fraction, each against 1")
+    add("--fractions", nargs="+", type=float, default=[], help="factor_fractions to compare with 1")
     add("--draws", type=int, default=3, help="of the factors' sequences, with --fractions")
     add("--threads", nargs="+", type=int, default=[1], help="per process, one after the other")
     add("--repeats", type=int, default=5, help="runs of each side, whose median counts")
@@ -166,28 +166,28 @@ def own_entries(workload: Workload) -> np.ndarray:
 
 def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int, report: "Report") -> None:
     """The factors from some of the sequences, against all: what it saves and what it changes, for several draws."""
-    fractions = [1.0, *(fraction for fraction in args.fractions if fraction != 1)]
-    asked = [SIDES["floor"], *(engine_side(f"{fraction:g}", factor_fraction=fraction) for fraction in fractions)]
-    answers: dict[str, list[dict[str, Any]]] = {side.name: [] for side in asked}
+    fewer = [engine_side(f"{fraction:g}", factor_fraction=fraction) for fraction in args.fractions]
+    answers: dict[str, list[dict[str, Any]]] = {}
     # One process for all: several models of this size side by side might not fit.
     with workers([SIDES["engine"]], workload.folder, threads) as running:
         for draw in range(args.draws):
-            for side in asked:
-                answers[side.name].append(running["engine"].run(**side.request, seed=draw))
-                seconds = answers[side.name][-1]["seconds"]
-                print(f"draw {draw} {side.name}: {seconds:.1f} s", file=sys.stderr, flush=True)
-    rows, found = [], {}
-    for name, runs in list(answers.items())[2:]:
-        full = answers["1"]
-        for draw, run in enumerate(runs):
-            one = agreement(run["matrix"], full[draw]["matrix"], run["shares"], own_entries(workload))
-            found[f"{name}, draw {draw}"] = asdict(one)
+            # What uses all sequences is the same in every draw.
+            for side in [SIDES["floor"], *([] if draw else [SIDES["engine"]]), *fewer, *args.variant]:
+                found = running["engine"].run(**side.request, seed=draw)
+                answers.setdefault(side.name, []).append(found)
+                print(f"draw {draw} {side.name}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
+    rows, agreed = [], {}
+    for side in [*fewer, *args.variant]:
+        for draw, run in enumerate(answers[side.name]):
+            one = agreement(run["matrix"], answers["engine"][0]["matrix"], run["shares"], own_entries(workload))
+            agreed[f"{side.name}, draw {draw}"] = asdict(one)
+            used = [run["sequences"], run["factor_sequences"]]
             cosines = [f"{value:.6f}" for value in (one.cosine, one.alpha_free, one.alpha_centred)]
             ratio = run["seconds"] / median(answers["floor"])
-            rows.append([name, draw, f"{one.error:.4f}", *cosines, f"{ratio:.2f}"])
-    header = ["factor_fraction", "draw", "largest error / largest entry", "off-diagonal cosine"]
+            rows.append([side.name, draw, *used, f"{one.error:.4f}", *cosines, f"{ratio:.2f}"])
+    header = ["side", "draw", "sequences", "for factors", "largest error / largest entry", "off-diagonal cosine"]
     header += ["alpha free", "alpha centred", "x floor"]
-    report.section("Factors from fewer sequences", table(header, rows), answers=answers, agreement=found)
+    report.section("Fewer sequences", table(header, rows), answers=answers, agreement=agreed)
     report.section("Time", timing_table(answers))
     report.section("Phases", phase_table(answers))
 

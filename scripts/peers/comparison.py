@@ -65,15 +65,18 @@ def median(runs: Sequence[Mapping[str, Any]], key: str = "seconds") -> float:
 
 
 def timing_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
-    """Medians and their ratios to the floors."""
+    """Medians, their ratios to the floors, and the engine's to them."""
     floors = [median(answers[name]) if name in answers else None for name in ("floor", "padded-floor")]
+    engine = median(answers["engine"]) if "engine" in answers else None
     rows = []
     for name, runs in answers.items():
         times = [run["seconds"] for run in runs]
         ratios = [f"{median(runs) / floor:.2f}" if floor else "" for floor in floors]
         peak = max(run["peak"] for run in runs) / 1e6
-        rows.append([name, f"{median(runs):.2f}", f"{min(times):.2f} to {max(times):.2f}", *ratios, f"{peak:.0f}"])
-    return table(["side", "s (median)", "s (all)", "x floor", "x padded floor", "peak MB"], rows)
+        speed = f"{engine / median(runs):.2f}" if engine else ""
+        spread = f"{min(times):.2f} to {max(times):.2f}"
+        rows.append([name, f"{median(runs):.2f}", spread, *ratios, speed, f"{peak:.0f}"])
+    return table(["side", "s (median)", "s (all)", "x floor", "x padded floor", "x as fast as engine", "peak MB"], rows)
 
 
 def speed_table(answers: Mapping[str, list[dict[str, Any]]], peers: Sequence[str]) -> str:

@@ -51,6 +51,7 @@ def engine(workload: Workload, model: Any, request: dict[str, Any], watch: Stopw
         "matrix": found.matrix.tolist(),
         "shares": found.shares.tolist(),
         "first_position_share": found.first_position_share,
+        "sequences": sum(found.sequences.values()),
         "factor_sequences": sum(found.factor_sequences.values()),
     }
 

@@ -271,7 +271,7 @@ def test_sides_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture):
 
 def test_fractions(tmp_path: Path):
     """Each draw's matrix is compared with the one from all; half of the sequences change it, a little."""
-    found = run(["--quick", "--fractions", "0.5", "--draws", "2"], tmp_path)["Factors from fewer sequences"]
+    found = run(["--quick", "--fractions", "0.5", "--draws", "2"], tmp_path)["Fewer sequences"]
     assert list(found["agreement"]) == ["0.5, draw 0", "0.5, draw 1"]
     assert len({one["error"] for one in found["agreement"].values()}) == 2
     assert all(0 < one["error"] < 0.5 for one in found["agreement"].values())
