@@ -7,8 +7,8 @@ import numpy as np
 from ideal.influence.matrix import Array
 
 DIRECTION_ERROR = 0.1
-"""Relative error of the fixed-volume alpha that `sample_fraction: auto` is content with, |error| / |alpha|, once from
-the sampling of training sequences and once from the curvature's: an expected cosine of about 1 - 0.1^2 = 0.99."""
+"""Relative error |error| / |alpha| of the fixed-volume alpha that `sample_fraction: auto` is content with, once from
+the sampling of training sequences and once from that of the curvature's: an expected cosine of 1 - 0.1^2 = 0.99."""
 LARGEST_STEP = 4
 """A domain's sequences grow by this factor at most before its error is looked at again."""
 
@@ -28,8 +28,8 @@ def contributions(training_covariance: Array, shares: Array, weights: Array) -> 
     return np.asarray(variances * (form**2).sum(axis=0))
 
 
-def more_sequences(used: Sequence[int], available: Sequence[int], parts: Array) -> list[int]:
-    """How many sequences of each domain to use next; `used` itself if the error is small enough.
+def more_sequences(used: Sequence[int], available: Sequence[int], parts: Array) -> list[int] | None:
+    """How many sequences of each domain to use next; None if the error is small enough, or there are no more.
 
     A domain whose part of the squared error exceeds an even share of what is allowed grows in proportion
     to the excess, since its part falls as one over its number.
@@ -41,6 +41,7 @@ def more_sequences(used: Sequence[int], available: Sequence[int], parts: Array) 
     """
     allowed = DIRECTION_ERROR**2
     if parts.sum() <= allowed:
-        return list(used)
+        return None
     excess = np.clip(parts * len(parts) / allowed, 1, LARGEST_STEP)
-    return [min(most, int(np.ceil(count * more))) for count, most, more in zip(used, available, excess, strict=True)]
+    more = [min(most, int(np.ceil(count * by))) for count, most, by in zip(used, available, excess, strict=True)]
+    return None if more == list(used) else more

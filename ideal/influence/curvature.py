@@ -62,7 +62,6 @@ class Curvatures:
         part: list[Group],
         factors: list[SequenceSet],
         gradients: dict[str, Tensor] | None = None,
-        halves: bool = False,
         label: str = "",
     ) -> None:
         """Phases 1 to 3 for these layers; replaces an earlier estimate.
@@ -70,7 +69,6 @@ class Curvatures:
         Args:
             factors: the sequences, [n], weighted so that they stand for the domains.
             gradients: per owned layer [n, O, I]; takes up the sums of the sequences' gradients times their repeats.
-            halves: keeps the eigenvalues of half of the sequences too.
         """
         if self.config.factors == "identity":
             return
@@ -78,7 +76,7 @@ class Curvatures:
         if self.config.factors in ("ekfac", "kfac"):
             bases = self._eigenbases(part, factors, label)
         if self.config.factors in ("ekfac", "diagonal"):
-            self._correct_eigenvalues(part, factors, bases, gradients, halves, label)
+            self._correct_eigenvalues(part, factors, bases, gradients, label)
 
     def _eigenbases(self, part: list[Group], factors: list[SequenceSet], label: str) -> Bases:
         """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too."""
@@ -121,21 +119,18 @@ class Curvatures:
         factors: list[SequenceSet],
         bases: Bases,
         gradients: dict[str, Tensor] | None,
-        halves: bool,
         label: str,
     ) -> None:
         """Lambda, and the gradients, which are rotated back."""
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
-        half = {name: self.passes.zeros(*shape) for name, shape in shapes.items()} if halves else None
-        accumulator = Eigenvalues(sums, bases, self.products, gradients, half)
+        accumulator = Eigenvalues(sums, bases, self.products, gradients)
         self._run("eigenvalues", part, factors, [accumulator], label)
-        for name, total in sums.items():
-            self.store.put("eigenvalues", name, total / self.total)
-            if half is not None:
-                self.store.put("half", name, half[name] * (2 / self.total))
+        for name, total in _consumed(sums):
+            self.store.put("eigenvalues", name, total.div_(self.total))
         for name, rotated in (gradients or {}).items():
-            curvature = Curvature(*bases[name], None)
+            basis_O, basis_I = bases[name]
+            curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
             for number, chosen in enumerate(factors):
                 rotated[number] = curvature.rotate_back(rotated[number]) / (chosen.scale or 1.0)
 
@@ -146,31 +141,29 @@ class Curvatures:
         sampled = sums if self.config.fisher == "sampled" else []
         self.passes.run(description, part, factors, [] if sampled else sums, sampled, label)
 
-    def of(self, group: Group, half: int | None = None) -> dict[str, Curvature]:
-        """H + D of each of an owned group's layers; or with the eigenvalues of one half of the sequences, 0 or 1."""
+    def of(self, group: Group) -> dict[str, Curvature]:
+        """H + D of each of an owned group's layers."""
         if self.config.factors == "identity":
             return {name: Curvature(None, None, None) for name in group.layers}
         basis_I = self._basis("basis_I", group.name)
         return {
             name: Curvature(
-                self._basis("basis_O", name), basis_I, damped(self._eigenvalues(name, half), self.config.damping)
+                self._basis("basis_O", name),
+                basis_I,
+                damped(self.store.get("eigenvalues", name), self.config.damping),
             )
             for name in group.layers
         }
 
     def damping_of(self, group: Group) -> dict[str, float]:
         """D_l of each of an owned group's layers, in the units of H."""
-        return {name: self.config.damping * float(self._eigenvalues(name).mean()) for name in group.layers}
-
-    def _eigenvalues(self, name: str, half: int | None = None) -> Tensor:
-        whole = self.store.get("eigenvalues", name)
-        if half is None:
-            return whole
-        first = self.store.get("half", name)
-        return first if half == 0 else 2 * whole - first
+        return {name: self.config.damping * float(self.store.get("eigenvalues", name).mean()) for name in group.layers}
 
     def _basis(self, kind: str, name: str) -> Tensor | None:
-        return None if self.config.factors == "diagonal" else self.store.get(kind, name).to(self.passes.dtype)
+        return None if self.config.factors == "diagonal" else self._exact(self.store.get(kind, name))
+
+    def _exact(self, basis: Tensor | None) -> Tensor | None:
+        return None if basis is None else basis.to(self.passes.dtype)
 
     def least_important(self, groups: list[Group]) -> set[str]:
         """The layers that `keep_layers` leaves out: those whose eigenvalues vary most."""
@@ -182,7 +175,7 @@ class Curvatures:
         owned = {name for group in self.passes.owned(groups) for name in group.layers}
         for number, name in enumerate(names):
             if name in owned:
-                variances[number] = self._eigenvalues(name).double().var()
+                variances[number] = self.store.get("eigenvalues", name).double().var()
         order = np.argsort(all_reduce_(variances).cpu().numpy(), kind="stable")
         return {names[number] for number in order[kept:]}
 

@@ -187,7 +187,7 @@ class _Engine:
         for number, part in enumerate(self.layout.factor_parts):
             gradients = self.gradients if self.reuse else None
             label = _label(number, self.layout.factor_parts)
-            self.curvatures.estimate(part, self.factors, gradients, self.auto, label)
+            self.curvatures.estimate(part, self.factors, gradients, label)
         dropped = self.curvatures.least_important(self.groups)
         self._pick_sequences()
         for number, part in enumerate(self.layout.gradient_parts):
@@ -325,30 +325,49 @@ class _Engine:
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Adds sequences until alpha's direction is known to DIRECTION_ERROR, or none is left; V_r at the end."""
+        of_curvature = math.inf
+        before = self._alpha(directions)
         while True:
-            matrix = self._sum(self._products(directions, None))
-            alpha = objective(fixed_form(matrix, self.shares), self.weights)
+            matrix, alpha = before
             size = float(np.linalg.norm(alpha)) or 1.0
             parts = contributions(self._training_covariance(matrix), self.shares, self.weights) / size**2
-            halves = [self._alpha_of_half(part, references, half) for half in (0, 1)]
-            of_factors = float(np.linalg.norm(halves[0] - halves[1])) / 2 / size
-            used = [len(chosen.rows) for chosen in self.training]
-            say(
-                f"influence: {sum(used):,} of {sum(len(pool.rows) for pool in self.pools):,} sequences,"
-                f" {sum(len(chosen.rows) for chosen in self.factors):,} for the curvature: alpha's direction known to"
-                f" {math.sqrt(parts.sum()):.1%} (sequences) and {of_factors:.1%} (curvature)"
-            )
-            wanted = more_sequences(used, [len(pool.rows) for pool in self.pools], parts)
-            room = any(len(f.rows) < len(pool.rows) for f, pool in zip(self.factors, self.pools, strict=True))
-            if of_factors > DIRECTION_ERROR and room:
-                fraction = 2 * sum(len(f.rows) for f in self.factors) / sum(len(pool.rows) for pool in self.pools)
-                self.factors = factor_parts(self.pools, min(1.0, fraction), self.widest)
-                self.curvatures.estimate(part, self.factors, halves=True)
-                directions = self._directions(part, references)
-            elif wanted == used:
+            self._say_how_certain(parts, of_curvature)
+            wanted = more_sequences([len(chosen.rows) for chosen in self.training], self._available(), parts)
+            if wanted is not None:
+                self._take(wanted)
+                self._domain_pass(part, directions, None, "")
+            elif of_curvature <= DIRECTION_ERROR or not self._double_factors():
                 return directions
-            self._take(wanted)
-            self._domain_pass(part, directions, None, "")
+            else:
+                self.curvatures.estimate(part, self.factors)
+                directions = self._directions(part, references)
+            after = self._alpha(directions)
+            if wanted is None:
+                # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
+                of_curvature = float(np.linalg.norm(after[1] - alpha) / (np.linalg.norm(after[1]) or 1.0))
+            before = after
+
+    def _alpha(self, directions: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """M so far [R, n], and the fixed-volume alpha [n]."""
+        matrix = self._sum(self._products(directions, None))
+        return matrix, objective(fixed_form(matrix, self.shares), self.weights)
+
+    def _say_how_certain(self, parts: np.ndarray, of_curvature: float) -> None:
+        curvature = "not yet known" if math.isinf(of_curvature) else f"{of_curvature:.1%}"
+        say(
+            f"influence: {sum(len(chosen.rows) for chosen in self.training):,} of {sum(self._available()):,} sequences,"
+            f" {sum(len(chosen.rows) for chosen in self.factors):,} for the curvature; alpha's relative error:"
+            f" {math.sqrt(parts.sum()):.1%} from the sequences, {curvature} from the curvature"
+        )
+
+    def _available(self) -> list[int]:
+        return [len(pool.rows) for pool in self.pools]
+
+    def _double_factors(self) -> bool:
+        """Takes twice as many sequences for the curvature; whether there were more."""
+        before = sum(len(chosen.rows) for chosen in self.factors)
+        self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest)
+        return sum(len(chosen.rows) for chosen in self.factors) > before
 
     def _take(self, wanted: list[int]) -> None:
         """Adds sequences to the domains', up to these numbers."""
@@ -359,16 +378,6 @@ class _Engine:
             sample = self.training_samples[number]
             slots = np.concatenate([sample.sequences.slots, self.rest[number].slots])
             self.training_samples[number] = _Sample(pool.part(slots), sample.scores)
-
-    def _alpha_of_half(self, part: list[Group], references: dict[str, Tensor], half: int) -> np.ndarray:
-        """[n] the fixed-volume alpha with the curvature of half of its sequences."""
-        products = {}
-        for group in self.passes.owned(part):
-            for name, curvature in self.curvatures.of(group, half).items():
-                if name in references:
-                    solved = torch.stack([curvature.solve(gradient_OI) for gradient_OI in references[name]])
-                    products[name] = inner_products(solved, self.gradients[name]) / self._seen()
-        return objective(fixed_form(self._sum(products), self.shares), self.weights)
 
     def _seen(self) -> Tensor:
         """[n] trained tokens behind the domains' gradients; 1 where there is none."""

@@ -135,8 +135,13 @@ def sizes_of(group: Group, config: InfluenceConfig, domains: int, capabilities: 
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
     if config.factors in ("ekfac", "kfac"):
-        factors += (group.width**2 + sum(size**2 for size in group.outputs.values())) * itemsize
-    return Sizes(factors, weights * capabilities * itemsize, weights * domains * itemsize)
+        squares = group.width**2 + sum(size**2 for size in group.outputs.values())
+        # bfloat16 products rotate with a copy of the bases.
+        copied = config.product_dtype == "bfloat16" and config.basis_dtype == "float32" and itemsize == 4
+        factors += squares * (itemsize + 2 * copied)
+    # auto keeps the capabilities' gradients beside the V_r: it may need them again.
+    directions = weights * capabilities * itemsize * (2 if config.sample_fraction == "auto" else 1)
+    return Sizes(factors, directions, weights * domains * itemsize)
 
 
 @dataclass(frozen=True)

@@ -52,13 +52,14 @@ class Products:
 
     def basis(self, basis: Tensor | None) -> Tensor | None:
         """A basis as `rotate` wants it."""
-        if basis is None:
-            return None
-        return basis.to(torch.bfloat16 if self._narrow(basis.device) else self.dtype)
+        return basis.bfloat16() if basis is not None and self._narrow(basis.device) else basis
 
     def rotate(self, x_NI: Tensor, basis_II: Tensor | None) -> Tensor:
         """x Q, [N, I]; x itself without a basis."""
-        return x_NI.to(self.dtype) if basis_II is None else x_NI.to(basis_II.dtype) @ basis_II
+        if basis_II is None:
+            return x_NI.to(self.dtype)
+        dtype = torch.bfloat16 if self._narrow(x_NI.device) else self.dtype
+        return x_NI.to(dtype) @ basis_II.to(dtype)
 
     def outer(self, d_NO: Tensor, x_NI: Tensor) -> Tensor:
         """d^T x of one sequence, [O, I]."""

@@ -239,14 +239,12 @@ class Eigenvalues:
         bases: Mapping[str, tuple[Tensor | None, Tensor | None]],
         products: Products,
         gradients: dict[str, Tensor] | None = None,
-        half: dict[str, Tensor] | None = None,
     ) -> None:
         """Args:
         bases: per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity. Layers of a group share Q_A.
         gradients: per layer [sets, O, I]; takes up sum w Q_S^T G Q_A, which costs next to nothing here.
-        half: per layer [O, I]; takes up the sums over the sequences of even slots alone.
         """
-        self.sums, self.products, self.gradients, self.half = sums, products, gradients, half
+        self.sums, self.products, self.gradients = sums, products, gradients
         self.bases = {
             name: (self.products.basis(basis_O), self.products.basis(basis_I))
             for name, (basis_O, basis_I) in bases.items()
@@ -258,12 +256,9 @@ class Eigenvalues:
         x_NI = self.products.rotate(x_NI, self.bases[group.name][1])
         for name, d_NO in outputs.items():
             d_NO = self.products.rotate(d_NO, self.bases[name][0])
-            sequences = zip(positions.sequences(x_NI, d_NO), positions.weights, positions.slots, strict=True)
-            for (x, d), weight, slot in sequences:
+            for (x, d), weight in zip(positions.sequences(x_NI, d_NO), positions.weights, strict=True):
                 gradient_OI = self.products.outer(d, x)
                 self.sums[name].addcmul_(gradient_OI, gradient_OI, value=weight)
-                if self.half is not None and slot % 2 == 0:
-                    self.half[name].addcmul_(gradient_OI, gradient_OI, value=weight)
                 if self.gradients is not None:
                     self.gradients[name][positions.set_index].add_(gradient_OI, alpha=weight)
 
