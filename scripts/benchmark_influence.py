@@ -67,7 +67,7 @@ def main(arguments: list[str]) -> None:
         workload.save()
         report.describe(workload, args)
         for threads in args.threads:
-            if args.fractions:
+            if args.fractions is not None:
                 compare_fractions(workload, args, threads, report)
             else:
                 compare_sides(workload, args, threads, report)
@@ -92,8 +92,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, with --shape")
     add("--sides", nargs="+", default=DEFAULT_SIDES, choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
     add("--variant", action="append", default=[], type=variant, metavar='"NAME: KEY=VALUE, ..."', help="more engines")
-    add("--fractions", nargs="+", type=float, default=[], help="factor_fractions to compare with 1")
-    add("--draws", type=int, default=3, help="of the factors' sequences, with --fractions")
+    add("--fractions", nargs="*", type=float, help="factor_fractions, and variants, to compare with the engine's 1")
+    add("--draws", type=int, default=3, help="of the sequences, with --fractions")
     add("--threads", nargs="+", type=int, default=[1], help="per process, one after the other")
     add("--repeats", type=int, default=5, help="runs of each side, whose median counts")
     add("--seed", type=int, default=0)

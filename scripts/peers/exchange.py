@@ -131,7 +131,8 @@ class Workload:
 
         folder, dtype = self.folder / "model", getattr(torch, self.dtype)
         if list(folder.glob("*.safetensors")):
-            return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(self.device).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+            return model.to(self.device).eval()
         torch.manual_seed(self.seed)
         with self.device:
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype).eval()

@@ -41,8 +41,18 @@ class Sizes:
 
 W = Sizes(domains=4, training=128, references=32, length=128, masked=32)
 QUICK = Sizes(domains=4, training=64, references=8, length=32, masked=8)
-W_MODEL = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
-QUICK_MODEL = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+W_MODEL: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
+QUICK_MODEL: dict[str, Any] = {
+    "hidden_size": 48,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {**QUICK_MODEL, "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
     "llama-3.2-1b": {
