@@ -1,0 +1,214 @@
+"""Factors from fewer sequences, as many as it takes, fewer layers, and the joint solver inside the engine."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    World,
+    counted,
+    difference,
+    ekfac_dense,
+    explicit_matrix,
+    make_world,
+    mean_gradients,
+    padded,
+    total_tokens,
+    weights_of,
+)
+
+from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, samples
+from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contributions, more_sequences
+from ideal.seeding import generator
+
+EXACT = 1e-10
+WHOLE = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
+
+
+def influence(world, seed=0, **options):
+    return compute_influence(world.model, world.domains, world.references, replace(WHOLE, **options), seed)
+
+
+def part_of(world, fraction, seed=0):
+    """The world with the rows that the curvature is to be estimated on, standing for their domains."""
+    domains = {}
+    for name, domain in world.domains.items():
+        rows = generator(seed, name, "influence").permutation(np.flatnonzero(domain.counts))
+        rows = rows[: int(np.ceil(fraction * len(rows)))]
+        tokens, counts = domain.examples.trained_tokens, np.zeros(len(domain.counts))
+        counts[rows] = domain.counts[rows]
+        domains[name] = DomainSample(domain.examples, counts * (domain.counts @ tokens) / (counts @ tokens))
+    return World(world.model, domains, world.references)
+
+
+# Factors from fewer sequences
+
+
+@pytest.fixture
+def unbounded(monkeypatch):
+    monkeypatch.setattr(samples, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+
+
+@pytest.mark.parametrize("factors", ["ekfac", "kfac", "diagonal"])
+def test_gradients_from_all_sequences_and_curvature_from_a_part(world, unbounded, monkeypatch, factors):
+    """Against dense matrices of the part, and mean gradients of everything."""
+    import tiny
+
+    found = influence(world, factor_fraction=0.4, factors=factors)
+    dense = getattr(tiny, f"{factors}_dense")(part_of(world, 0.4))
+    assert difference(found.matrix, explicit_matrix(world, dense)) < EXACT
+    present = {name: np.count_nonzero(domain.counts) for name, domain in world.domains.items()}
+    assert found.factor_sequences == {name: int(np.ceil(0.4 * count)) for name, count in present.items()}
+    assert found.sequences == present
+    assert difference(influence(world, factors=factors).matrix, found.matrix) > 1e-3
+
+
+def test_sampled_labels_in_a_part(world, unbounded):
+    """With drawn labels the factors' pass gives no gradients: all sequences are passed over for these."""
+    found = influence(world, factor_fraction=0.4, fisher="sampled", memory_budget=1.0)
+    in_parts = influence(world, factor_fraction=0.4, fisher="sampled", memory_budget=40e-6)
+    assert difference(in_parts.matrix, found.matrix) < EXACT
+
+
+def test_the_widest_layer_asks_for_positions(world, monkeypatch):
+    """Eight for each of 24 dimensions, whatever the fraction."""
+    monkeypatch.setattr(samples, "LEAST_SEQUENCES", 1)
+    found = influence(world, factor_fraction=1e-3)
+    positions = 0
+    for name, domain in world.domains.items():
+        rows = generator(0, name, "influence").permutation(np.flatnonzero(domain.counts))
+        positions += domain.examples.positions[rows[: found.factor_sequences[name]]].sum()
+    assert 0.8 * 8 * 24 < positions < 1.5 * 8 * 24
+    assert sum(found.factor_sequences.values()) < sum(found.sequences.values())
+
+
+# As many as it takes
+
+
+def test_contributions_are_the_variance_of_the_fixed_form():
+    """Against errors drawn from the covariances: 40,000 draws know a variance to 1.5% (two standard errors)."""
+    rng = np.random.default_rng(0)
+    roots = rng.normal(size=(3, 2, 2))
+    covariance = roots @ roots.transpose(0, 2, 1)
+    shares, weights = np.array([0.2, 0.5, 0.3]), np.array([0.6, 0.4])
+    parts = contributions(covariance, shares, weights)
+    for domain in range(3):
+        errors = np.zeros((40_000, 3))
+        errors[:, domain] = rng.normal(size=(40_000, 2)) @ roots[domain].T @ weights
+        fixed = errors - shares * errors.sum(1, keepdims=True)
+        assert parts[domain] == pytest.approx((fixed**2).sum(1).mean(), rel=0.03)
+
+
+def test_domains_with_large_errors_get_more():
+    allowed = DIRECTION_ERROR**2
+    assert more_sequences([10, 10], [100, 100], np.array([0.4, 0.5]) * allowed) is None
+    assert more_sequences([10, 10], [100, 100], np.array([1.0, 0.1]) * allowed) == [20, 10]
+    assert more_sequences([10, 10], [100, 25], np.array([9.0, 9.0]) * allowed) == [10 * LARGEST_STEP, 25]
+    assert more_sequences([100, 25], [100, 25], np.array([9.0, 9.0]) * allowed) is None
+
+
+@pytest.fixture(scope="module")
+def large():
+    return make_world(count=400)
+
+
+def test_auto_ends_with_all_sequences_if_it_must(large, monkeypatch):
+    """Then it is the whole computation, with no sampling error left."""
+    monkeypatch.setattr(adaptive, "DIRECTION_ERROR", 0.0)
+    monkeypatch.setattr("ideal.influence.engine.DIRECTION_ERROR", 0.0)
+    found, expected = influence(large, sample_fraction="auto"), influence(large)
+    assert found.sequences == found.factor_sequences == expected.sequences
+    assert difference(found.matrix, expected.matrix) < EXACT
+    assert np.abs(found.training_covariance).max() == 0
+
+
+def test_auto_is_content_with_few_sequences_where_they_agree(large, capsys):
+    """Domains whose rows are all alike need no more than the least; a scattered one gets more."""
+    alike = {
+        name: DomainSample(type(domain.examples)([domain.examples[0]] * 300), np.ones(300, dtype=int))
+        for name, domain in large.domains.items()
+    }
+    world = World(large.model, {**alike, "noise": large.domains["noise"]}, large.references)
+    found = influence(world, sample_fraction="auto")
+    assert found.sequences["up"] == found.sequences["down"] == 64 < found.sequences["noise"]
+    said = capsys.readouterr().out.splitlines()
+    assert "128" not in said[0] and "not yet known from the curvature" in said[0]
+    assert f"{sum(found.sequences.values()):,} of" in said[-1]
+
+
+def test_auto_is_as_certain_as_it_says(large):
+    """Over ten seeds, alpha's error against the whole computation is near what is promised."""
+    whole = influence(large)
+
+    def alpha(found):
+        return (found.matrix - found.shares * found.matrix.sum(1, keepdims=True)).mean(0)
+
+    errors, used = [], []
+    for seed in range(10):
+        found = influence(large, seed=seed, sample_fraction="auto")
+        errors.append(np.linalg.norm(alpha(found) - alpha(whole)) / np.linalg.norm(alpha(whole)))
+        used.append(sum(found.sequences.values()))
+    # Two sources of at most 0.1 each; the root mean square over ten seeds scatters by about a quarter.
+    assert np.sqrt(np.mean(np.square(errors))) < 0.1 * np.sqrt(2) * 1.5
+    assert np.mean(used) < sum(whole.sequences.values())
+
+
+# Fewer layers
+
+
+def test_kept_layers_are_those_of_least_eigenvalue_variance():
+    world = make_world(layers=2)
+    dense = ekfac_dense(world)
+    variances = {name: float(torch.linalg.eigvalsh(matrix).var()) for name, matrix in dense.items()}
+    whole, found = influence(world), influence(world, keep_layers=0.5)
+    dropped = set(sorted(variances, key=lambda name: variances[name])[3:])
+    assert set(found.dropped_layers) == dropped
+    kept = {name: matrix for name, matrix in dense.items() if name not in dropped}
+    assert difference(found.matrix, explicit_matrix(world, kept)) < EXACT
+    assert set(found.layers) == set(kept)
+    # gate and up share their input's basis, also when one of them is dropped alone.
+    for fraction in (0.2, 0.7, 0.9):
+        found = influence(world, keep_layers=fraction)
+        parts = [part for name, part in whole.layers.items() if name not in found.dropped_layers]
+        assert difference(found.matrix, np.sum(parts, axis=0)) < EXACT
+
+
+# The joint solver
+
+
+def joint_matrix(world, names, damping):
+    """M with the dense joint Gauss-Newton matrix of these layers, each layer's damping on its diagonal."""
+    tokens = total_tokens(world)
+    weights = {name: weights_of(world.model)[name] for name in names}
+    H = torch.zeros(sum(w.numel() for w in weights.values()), dtype=torch.float64).diag()
+    for domain in world.domains.values():
+        for row, count in counted(domain):
+            if not count:
+                continue
+            ids, labels = padded([row])
+            logits = world.model(input_ids=ids).logits[0, :-1][labels[0, 1:] != -100]
+            eye = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
+            jacobians = torch.autograd.grad(logits, list(weights.values()), eye, is_grads_batched=True)
+            J = torch.cat([jacobian.flatten(1) for jacobian in jacobians], dim=1)
+            p = logits.detach().softmax(-1)
+            middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
+            H += count * J.T @ middle @ J / sum(tokens.values())
+    D = torch.cat([torch.full((w.numel(),), damping[name], dtype=torch.float64) for name, w in weights.items()])
+    reference, domain = mean_gradients(world)
+    joined = [torch.cat([found[name].flatten(1) for name in names], dim=1) for found in (reference, domain)]
+    shares = np.array(list(tokens.values())) / sum(tokens.values())
+    return -shares * (joined[0] @ torch.linalg.solve(H + D.diag(), joined[1].T)).numpy()
+
+
+def test_joint_solver_is_the_dense_joint_inverse(world, monkeypatch):
+    """Also what the engine hands over: sequences, weights, total, right-hand sides, damping."""
+    monkeypatch.setattr("ideal.influence.engine.JOINT_RESIDUAL", 1e-9)
+    names = [name for name in weights_of(world.model) if "down" in name or "up" in name]
+    options = {"layers": ["*.up_proj", "*.down_proj"]}
+    found = influence(world, solver="cg", solver_iterations=2000, **options)
+    damping = {name: 0.1 * float(matrix.trace()) / len(matrix) for name, matrix in ekfac_dense(world).items()}
+    assert difference(found.matrix, joint_matrix(world, names, damping)) < 1e-6
+    assert difference(found.matrix, influence(world, **options).matrix) > 0.05
+    assert found.solver["iterations"] == len(found.solver["residuals"]) > 20
