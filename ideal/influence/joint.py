@@ -296,16 +296,19 @@ class _Products:
         assert tangent is not None, "no tracked layer reaches the logits"
         return tangent
 
-    def rows(self, module: nn.Linear, name: str, x: Tensor) -> Tensor:
-        """[N, I or O] a tracked layer's positions; the last layer's are the trained ones."""
-        flat = x.reshape(-1, x.shape[-1])
-        if module is not self.head:
-            if len(flat) != self.batch.input_ids.numel():
-                raise UserError(
-                    f"influence.layers: {name} does not see every position of a batch (is it an expert that"
-                    " tokens are routed to?), so its gradients cannot be told apart: leave it out"
-                )
-            flat = flat if self.batch.index is None else flat.index_select(0, self.batch.index)
+    def check(self, name: str, x: Tensor) -> None:
+        """Whether the layer's gradients can be told from its input alone."""
+        if x.shape[:-1].numel() != self.batch.input_ids.numel():
+            raise UserError(
+                f"influence.layers: {name} does not see every position of a batch (is it an expert that"
+                " tokens are routed to?), so its gradients cannot be told apart: leave it out"
+            )
+
+    def rows(self, module: nn.Linear, tensor: Tensor) -> Tensor:
+        """[N, I or O] a tracked layer's positions; the last layer is given the trained ones alone."""
+        flat = tensor.reshape(-1, tensor.shape[-1])
+        if module is not self.head and self.batch.index is not None:
+            flat = flat.index_select(0, self.batch.index)
         return flat.to(self.dtype)
 
 
@@ -324,6 +327,8 @@ class _Linear:
 
     def forward(self, x: Tensor) -> Tensor:
         """In place of the module's own."""
+        if self.name is not None:
+            self.products.check(self.name, x)
         if self.module is self.products.head:
             x = x.flatten(0, -2).index_select(0, self.products.batch.trained)
         return self._keep(x) if self.products.direction is None else self._tangent(x, self.products.direction)
@@ -337,7 +342,7 @@ class _Linear:
 
     @torch.no_grad()
     def _receive(self, name: str, x: Tensor, d: Tensor) -> None:
-        x_NI, d_NO = (self.products.rows(self.module, name, tensor) for tensor in (x, d))
+        x_NI, d_NO = (self.products.rows(self.module, tensor) for tensor in (x, d))
         self.products.product[name].addmm_(d_NO.mT, x_NI)
 
     def _tangent(self, x: Tensor, direction: Weights) -> Tensor:
