@@ -20,6 +20,8 @@ from ideal.distributed import all_gather_objects, barrier, is_main, say
 from ideal.errors import UserError
 from ideal.evaluation import evaluate, weighted
 from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
+from ideal.influence.adaptive import DIRECTION_ERROR
+from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
 from ideal.mixers import MIXERS, Mixer, RoundResult, Step
 from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
 from ideal.model import DTYPES, load_model, merge_adapters
@@ -264,27 +266,60 @@ def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndar
 def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> Influence:
     """The influence of the mixture's domains at `model`."""
     samples = {name: DomainSample(run.data.pools[name], domain.counts) for name, domain in mixture.domains.items()}
-    return compute_influence(model, samples, run.data.references, run.config.influence, run.config.seed)
+    weights = [run.data.weights[name] for name in run.data.references]
+    influence = compute_influence(
+        model, samples, run.data.references, run.config.influence, run.config.seed, weights=weights
+    )
+    say(f"influence: {sampling_in_words(run, influence)}")
+    return influence
 
 
 def influence_json(run: Run, influence: Influence) -> dict[str, Any]:
-    """The content of influence.json, with w^T M in both forms."""
+    """The content of influence.json: what the engine found, w^T M in both forms, and standard errors by source."""
+    config, budget = run.config.influence, run.config.mixing.budget
     weights = np.array([run.data.weights[name] for name in influence.capabilities])
     fixed = fixed_form(influence.matrix, influence.shares)
-    free_objective, fixed_objective = objective(influence.matrix, weights), objective(fixed, weights)
-    used = fixed_objective if run.config.mixing.budget == "fixed" else free_objective
+    objectives = {"free": objective(influence.matrix, weights), "fixed": objective(fixed, weights)}
+    errors = errors_of_forms(influence, weights)
+    errors["alpha"] = errors[f"objective_{budget}"]
+    known = np.isfinite(errors["alpha"].combined)
+    doubtful = uncertain_signs(objectives[budget], errors["alpha"])
     content = {
         **asdict(influence),
         "matrix_fixed": fixed,
-        "objective_free": free_objective,
-        "objective_fixed": fixed_objective,
-        "alpha": used,
-        "budget": run.config.mixing.budget,
-        "damping": run.config.influence.damping,
-        "factors": run.config.influence.factors,
+        "objective_free": objectives["free"],
+        "objective_fixed": objectives["fixed"],
+        "alpha": objectives[budget],
+        "standard_errors": {name: found._asdict() for name, found in errors.items()},
+        # Neither true nor false where the error is unknown.
+        "uncertain": [bool(sign) if found else None for sign, found in zip(doubtful, known, strict=True)],
+        "budget": budget,
+        "sampling": sampling_in_words(run, influence),
+        "damping": config.damping,
+        "factors": config.factors,
         "weights": weights,
     }
     return {key: _plain(value) for key, value in content.items()}
+
+
+def errors_of_forms(influence: Influence, weights: np.ndarray) -> dict[str, Errors]:
+    """Standard errors of M [R, n] and of w^T M [n], each in its free and fixed form, by what they belong to."""
+    covariances = influence.training_covariance, influence.reference_covariance
+    return {
+        "matrix": matrix_errors(*covariances),
+        "matrix_fixed": matrix_errors(*covariances, influence.shares),
+        "objective_free": objective_errors(*covariances, weights),
+        "objective_fixed": objective_errors(*covariances, weights, influence.shares),
+    }
+
+
+def sampling_in_words(run: Run, influence: Influence) -> str:
+    """How many of the mixture's sequences were used, and why so many."""
+    gradients, curvature = (sum(found.values()) for found in (influence.sequences, influence.factor_sequences))
+    text = f"{gradients:,} sequences of the mixture for the gradients, {curvature:,} for the curvature"
+    if run.config.influence.sample_fraction == "auto":
+        text += f", added until alpha's direction was known to {DIRECTION_ERROR:.0%} or there were no more"
+    return text
 
 
 def _plain(value: Any) -> Any:

@@ -137,7 +137,7 @@ def _estimator(influence: Json) -> list[str]:
     if damping is not None:
         found.append(f"Relative damping {damping:g}.")
     if isinstance(sampling, str):
-        found.append(sampling)
+        found.append(f"Used: {sampling}.")
     dropped = _as_list(influence.get("dropped_layers"))
     if dropped:
         found.append(
