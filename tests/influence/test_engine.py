@@ -339,8 +339,8 @@ def test_rows_of_other_ranks_are_added_up(world, tmp_path):
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     saved = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    for case in [*CASES, "sharded"]:
-        expected = compute(world, "ragged" if case == "sharded" else case)
+    for case in [*CASES, "posted", "sharded"]:
+        expected = compute(world, case if case in CASES else "ragged")
         if CASES.get(case, BASE).memory_budget:  # two owners may do with fewer parts, and hold what one streams
             assert difference(saved[0][case].matrix, expected.matrix) < EXACT
         else:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from tiny import World, tiny_llama
 from torch.distributed.fsdp import fully_shard
 
-from ideal.influence import Influence, InfluenceConfig, compute_influence
+from ideal.influence import Influence, InfluenceConfig, compute_influence, statistics
 
 BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.7, error_sequences=11)
 CASES = {
@@ -20,6 +20,10 @@ CASES = {
     "small budget": replace(BASE, memory_budget=50e-6),
     "sampled": replace(BASE, fisher="sampled"),
     "diagonal": replace(BASE, factors="diagonal"),
+    "kept": replace(BASE, keep_layers=0.6),
+    "auto": replace(BASE, sample_fraction="auto"),
+    "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=8),
+    "bfloat16": replace(BASE, product_dtype="bfloat16", basis_dtype="bfloat16"),
 }
 
 
@@ -35,6 +39,9 @@ def main(folder: Path) -> None:
     model.load_state_dict(state)
     world = World(model, domains, references)
     found = {case: compute(world, case) for case in CASES}
+    # Pairs leave layer by layer, not all at the end of a backward pass.
+    statistics.OUTBOX_BYTES = 1
+    found["posted"] = compute(world, "ragged")
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
