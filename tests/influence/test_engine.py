@@ -363,7 +363,7 @@ def test_layer_that_saw_no_token(world):
         found = influence(replace(world, model=model), error_sequences=8, factors=kind)
         assert (found.layers["model.layers.0.mlp.idle_proj"] == 0).all()
         assert np.isnan(found.first_position_share["model.layers.0.mlp.idle_proj"])
-        if curvature == "ekfac":
+        if kind == "ekfac":
             assert difference(found.matrix, expected.matrix) < EXACT
             assert difference(found.reference_covariance, expected.reference_covariance) < EXACT
 
