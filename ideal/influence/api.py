@@ -38,6 +38,7 @@ def influence_of(
     domains: Mapping[str, Iterable[Any]],
     references: Mapping[str, Iterable[Any]],
     *,
+    weights: Mapping[str, float] | None = None,
     seed: int = 0,
     **options: Any,
 ) -> Influence:
@@ -67,6 +68,7 @@ def influence_of(
             DistributedDataParallel, or sharded by FSDP2's `fully_shard`.
         domains: a loader for each domain, with the rows that the model is trained on.
         references: a loader for each capability, with the rows that measure it.
+        weights: of the capabilities in the objective that `sample_fraction="auto"` makes certain; none: all alike.
         seed: decides which rows are sampled.
         options: the fields of `InfluenceConfig`: `damping`, `sample_fraction`, `layers`, `memory_budget`, ...
 
@@ -78,8 +80,10 @@ def influence_of(
         UserError: a wrong option, a batch or loader that does not fit (on all ranks, if on one), a kind of
             model that is not supported, or what `compute_influence` refuses.
     """
-    whole, config = together(lambda: (_unwrapped(model), _config(options)))
-    _check_same_call(domains, references, config, seed)
+    whole, config, of_objective = together(
+        lambda: (_unwrapped(model), _config(options), _of_objective(weights, references))
+    )
+    _check_same_call(list(domains), list(references), of_objective, asdict(config), seed)
     with _untouched(whole):
         mixture = {}
         for name, loader in domains.items():
@@ -90,7 +94,7 @@ def influence_of(
             name: _Sequences(sorted(_all_rows(f"references[{name!r}]", loader).elements()))
             for name, loader in references.items()
         }
-        return compute_influence(whole, mixture, measured, config, seed)
+        return compute_influence(whole, mixture, measured, config, seed, of_objective)
 
 
 def _config(options: dict[str, Any]) -> InfluenceConfig:
@@ -102,10 +106,18 @@ def _config(options: dict[str, Any]) -> InfluenceConfig:
         raise UserError(f"influence_of: {key}={first['input']!r}: {first['msg']}") from None
 
 
-def _check_same_call(
-    domains: Mapping[str, Any], references: Mapping[str, Any], config: InfluenceConfig, seed: int
-) -> None:
-    calls = all_gather_objects((list(domains), list(references), asdict(config), seed))
+def _of_objective(weights: Mapping[str, float] | None, references: Mapping[str, Any]) -> list[float] | None:
+    """[R] the weights, of sum 1."""
+    if weights is None:
+        return None
+    if set(weights) != set(references) or min(weights.values()) < 0 or not sum(weights.values()):
+        raise UserError(f"influence_of: weights {dict(weights)} must be positive and of {', '.join(references)}")
+    return [weights[name] / sum(weights.values()) for name in references]
+
+
+def _check_same_call(*arguments: Any) -> None:
+    """Raises UserError on all ranks where one was called differently."""
+    calls = all_gather_objects(arguments)
     for number, call in enumerate(calls):
         if call != calls[0]:
             raise UserError(f"influence_of: ranks were called differently: rank 0 {calls[0]}, rank {number} {call}")
@@ -207,6 +219,8 @@ def _gradients_at_rest(model: nn.Module) -> Iterator[None]:
         module.set_requires_gradient_sync(False, recurse=False)
     try:
         yield
+        for module in sharded:
+            module.reshard()
     except BaseException:
         # A pass that broke off leaves FSDP2 in its middle, and the next one would fail. (Torch 2.11 has
         # no way back.)

@@ -9,10 +9,9 @@ from tiny import Rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from ideal.influence import InfluenceConfig, compute_influence
-from ideal.influence.engine import DomainSample, Influence
+from ideal.influence import DomainSample, Influence, InfluenceConfig, compute_influence
 
-WHOLE = {"sample_fraction": 1.0, "error_sequences": 0}
+WHOLE = {"sample_fraction": 1.0, "factor_fraction": 1.0, "error_sequences": 0}
 
 
 def collate(rows: list[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:

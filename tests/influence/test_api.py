@@ -1,8 +1,11 @@
 """influence_of from a training script: the right rows, and a script that does not notice."""
 
 import copy
+import os
 import random
 import re
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from tiny import Rows, difference, tiny_llama, toy_rows
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 
 from ideal.errors import UserError
-from ideal.influence import api, engine, influence_of
+from ideal.influence import api, influence_of, samples
 
 EXACT = 1e-10
 """As in test_engine.py: batches differ, so sums are rounded in another order."""
@@ -85,7 +88,7 @@ def test_the_first_token_is_no_target(world):
 
 
 def test_sample_depends_on_neither_order_nor_batches(world, rows, monkeypatch):
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 2)
+    monkeypatch.setattr(samples, "LEAST_SEQUENCES", 2)
     options = {"sample_fraction": 0.5, "error_sequences": 4, "seed": 5}
     one = influence_of(world.model, *loaders(rows), **options)
     other = influence_of(world.model, *loaders(rows, batch_size=2, shuffle=True, side="left"), **options)
@@ -258,12 +261,15 @@ def test_training_goes_on_as_if_never_probed(world, rows):
     [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", torch.bfloat16)],
     ids=["no_grad", "inference_mode", "autocast"],
 )
-def test_contexts_of_the_script_do_not_matter(world, rows, expected, surrounding):
+def test_contexts_of_the_script_do_not_matter(world, rows, surrounding):
+    """In float32, which autocast would round to bfloat16; the same products, so the same to the last bit."""
+    model = copy.deepcopy(world.model).float()
+    expected = probe(model, rows)
     with surrounding():
         state = process()
-        found = probe(world.model, rows)
+        found = probe(model, rows)
         assert process() == state
-    assert difference(found.matrix, expected.matrix) < EXACT
+    assert (found.matrix == expected.matrix).all()
 
 
 def test_compiled_models_run_as_written(world, rows, expected):
@@ -290,6 +296,50 @@ def test_adapters_of_peft(world, rows):
     assert difference(found.matrix, direct(model, *rows).matrix) < EXACT
 
 
+# Two ranks
+
+
+@pytest.fixture(scope="module")
+def ranks(world, rows, tmp_path_factory):
+    """What two real processes (gloo) found, by api_ranks.py."""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.save((world.model.state_dict(), *rows), folder / "world.pt")
+    script = Path(__file__).with_name("api_ranks.py")
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(folder)]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("loaders", ["dealt", "same", "apart"])
+def test_ranks_rows_are_put_together(ranks, expected, loaders):
+    first, second = (found["loaders"][loaders] for found in ranks)
+    assert (first.matrix == second.matrix).all()
+    assert difference(first.matrix, expected.matrix) < EXACT
+    assert (first.sequences, first.tokens) == (expected.sequences, expected.tokens)
+    assert first.reference_sequences == expected.reference_sequences
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "mixed"])
+def test_distributed_training_goes_on_as_if_never_probed(ranks, expected, kind):
+    """Probed in the middle of gradient accumulation, and by a probe that broke off."""
+    for found in ranks:
+        assert found[kind]["unchanged"]
+        assert found[kind]["trains"]
+        # Weights rounded to float32 before use.
+        assert difference(found[kind]["matrix"], expected.matrix) < (1e-4 if kind == "mixed" else EXACT)
+
+
+def test_a_mistake_on_one_rank_is_told_on_all(ranks):
+    for number, found in enumerate(ranks):
+        told = found["mistakes"]
+        assert re.fullmatch(r"domains\['up'\], batch 0: it has no labels.*?( \(on rank 1\))?", told["labels"])
+        assert "damping=-1: " in told["option"]
+        assert "ranks were called differently" in told["names"]
+        assert told["empty"] == "domains['up']: the loader gave no rows", number
+
+
 # Mistakes
 
 
@@ -312,7 +362,10 @@ class BrokenLoader:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([batch(), batch(labels=None)], r"domains\['math'\], batch 1: it has no labels, only input_ids, attention_mask"),
+        (
+            [batch(), batch(labels=None)],
+            r"domains\['math'\], batch 1: it has no labels, only input_ids, attention_mask",
+        ),
         ([batch(input_ids=None)], "batch 0: it has no input_ids"),
         ([(1, 2)], "batch 0: it is a tuple, not a mapping with input_ids and labels"),
         ([batch(labels=torch.zeros(2))], r"labels is \[1, 2\] and input_ids \[2, 3\]"),
@@ -341,6 +394,17 @@ def test_wrong_options_are_named(world):
         influence_of(world.model, {"math": [batch()]}, {"gsm8k": [batch()]}, damping=-1)
     with pytest.raises(UserError, match=r"dampening=0.1: "):
         influence_of(world.model, {"math": [batch()]}, {"gsm8k": [batch()]}, dampening=0.1)
+
+
+def test_weights_are_of_the_capabilities(world, rows, monkeypatch):
+    given = []
+    monkeypatch.setattr(api, "compute_influence", lambda *arguments: given.append(arguments[-1]))
+    probe(world.model, rows, weights={"either": 3, "up": 1})
+    probe(world.model, rows)
+    assert given == [[0.25, 0.75], None], "in the references' order, of sum 1"
+    for wrong in ({"up": 1}, {"up": 1, "either": -1}, {"up": 0, "either": 0}, {"up": 1, "either": 1, "more": 1}):
+        with pytest.raises(UserError, match="weights .* must be positive and of up, either"):
+            probe(world.model, rows, weights=wrong)
 
 
 def test_a_part_alone_is_refused(world, rows):
