@@ -6,8 +6,8 @@ Real engine, trained model. A domain has 300 sequences, many repeated in the mix
 The errors take the factors as known, so the first two tests keep them the same throughout. The last one lets every
 subsample estimate its own, from all its sequences: the intervals still hold. From a third of the sequences (32 of 100)
 they did not: the matrix was 10% larger as a whole, entries were covered 59 to 97 times in 100, and centred alpha 91 to
-92 times. (K-FAC's or EK-FAC's eigenvalues from few sequences are too uneven: too small where these sequences happen
-to have no gradient.) That is the part which the errors leave out.
+92 times. (Bases and eigenvalues of the same few sequences fit these too well, and other gradients too badly.) That is
+the part which the errors leave out.
 """
 
 from dataclasses import replace
