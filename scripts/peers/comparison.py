@@ -75,8 +75,9 @@ def timing_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
         peak = max(run["peak"] for run in runs) / 1e6
         speed = f"{engine / median(runs):.2f}" if engine else ""
         spread = f"{min(times):.2f} to {max(times):.2f}"
-        rows.append([name, f"{median(runs):.2f}", spread, *ratios, speed, f"{peak:.0f}"])
-    return table(["side", "s (median)", "s (all)", "x floor", "x padded floor", "x as fast as engine", "peak MB"], rows)
+        rows.append([name, f"{median(runs):.2f}", spread, *ratios, speed, f"{median(runs, 'cpu'):.2f}", f"{peak:.0f}"])
+    header = ["side", "s (median)", "s (all)", "x floor", "x padded floor", "x as fast as engine", "CPU s", "peak MB"]
+    return table(header, rows)
 
 
 def speed_table(answers: Mapping[str, list[dict[str, Any]]], peers: Sequence[str]) -> str:

@@ -198,8 +198,9 @@ def peak_bytes() -> int:
 def serve(prepare: Callable[[Workload], Callable[[dict[str, Any], Stopwatch], dict[str, Any]]]) -> None:
     """A side's process: reads the folder in argv, then answers each request, a line of JSON, by a line of JSON.
 
-    `prepare` loads model and data, untimed, and returns what does one run; its answer gets the keys seconds,
-    phases and peak added. Requests come from the standard input, answers go to the file descriptor $ANSWERS.
+    `prepare` loads model and data, untimed, and returns what does one run; its answer gets the keys seconds, cpu
+    (processor seconds of all threads), phases and peak added. Requests come from the standard input, answers go to
+    the file descriptor $ANSWERS.
     """
     answers = os.fdopen(int(os.environ["ANSWERS"]), "w")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -207,8 +208,10 @@ def serve(prepare: Callable[[Workload], Callable[[dict[str, Any], Stopwatch], di
     for line in sys.stdin:
         watch, whole = Stopwatch(), Stopwatch()
         reset_peak()
+        processor = time.process_time()
         with whole("seconds"):
             answer = run(json.loads(line), watch)
-        answer = {**whole.phases, "phases": watch.phases, "peak": peak_bytes(), **answer}
+        processor = time.process_time() - processor
+        answer = {**whole.phases, "cpu": processor, "phases": watch.phases, "peak": peak_bytes(), **answer}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()

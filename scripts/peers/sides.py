@@ -100,7 +100,7 @@ class Worker:
             self.answers.append(os.fdopen(end))
 
     def run(self, **request: Any) -> dict[str, Any]:
-        """One run: the first process's answer, with the memory of all.
+        """One run: the first process's answer, with the memory and processor seconds of all.
 
         Raises:
             RuntimeError: it failed; with the end of what it printed.
@@ -116,7 +116,7 @@ class Worker:
             self.close()  # also: waits until it has printed what it had to say
             end = "\n".join(self.log.read_text().splitlines()[-12:])
             raise RuntimeError(f"{self.side.name} failed:\n{end}") from error
-        return {**answers[0], "peak": sum(answer["peak"] for answer in answers)}
+        return {**answers[0], **{key: sum(answer[key] for answer in answers) for key in ("cpu", "peak")}}
 
     def close(self) -> None:
         """Ends the processes."""
