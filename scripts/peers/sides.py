@@ -115,7 +115,8 @@ class Worker:
         except (OSError, json.JSONDecodeError) as error:
             self.close()  # also: waits until it has printed what it had to say
             end = "\n".join(self.log.read_text().splitlines()[-12:])
-            raise RuntimeError(f"{self.side.name} failed:\n{end}") from error
+            codes = [process.returncode for process in self.processes]
+            raise RuntimeError(f"{self.side.name} failed (exit codes {codes}, negative: a signal):\n{end}") from error
         return {**answers[0], **{key: sum(answer[key] for answer in answers) for key in ("cpu", "peak")}}
 
     def close(self) -> None:
@@ -125,6 +126,7 @@ class Worker:
                 process.communicate(timeout=5)  # it ends where its requests do
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
         for answer in self.answers:
             answer.close()
 

@@ -287,7 +287,7 @@ def test_shape(tmp_path: Path):
 def test_a_failing_side_says_why(tmp_path: Path):
     Workload(tmp_path, {}, {}, []).save()
     worker = Worker(engine_side("engine"), tmp_path, threads=1)
-    with pytest.raises(RuntimeError, match=r"engine failed:\n(.|\n)*OSError"):
+    with pytest.raises(RuntimeError, match=r"engine failed \(exit codes \[1\].*\n(.|\n)*OSError"):
         worker.run()
 
 
