@@ -48,21 +48,30 @@ def evaluate(
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)
     with progress(sum(map(len, batches.values())), description) as bar:
         for index, (name, examples) in enumerate(sets.items()):
-            for rows in batches[name]:
+            for rows, counts in batches[name]:
                 batch = collate([examples[int(row)] for row in rows], pad_id)
                 labels = batch.pop("labels").to(device)
                 logits = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).logits
-                sums[index, 0] += summed_token_loss(logits, labels)
-                sums[index, 1] += int(examples.trained_tokens[rows].sum())
+                if counts:
+                    sums[index, 0] += summed_token_loss(logits, labels)
+                    sums[index, 1] += int(examples.trained_tokens[rows].sum())
                 bar.update()
     model.train(was_training)
     totals = all_reduce_(sums).tolist()
     return {name: loss / tokens for name, (loss, tokens) in zip(sets, totals, strict=True)}
 
 
-def _my_batches(examples: ExampleSet, batch_size: int) -> list[np.ndarray]:
-    mine = np.argsort(-examples.lengths, kind="stable")[rank() :: world_size()]
-    return [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
+def _my_batches(examples: ExampleSet, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+    """This rank's rows in batches, and whether they count; as many batches on every rank.
+
+    Ranks that share a sharded model take part in each other's forward passes: one that has nothing left runs a
+    row that does not count.
+    """
+    longest_first = np.argsort(-examples.lengths, kind="stable")
+    mine = longest_first[rank() :: world_size()]
+    batches = [(mine[start : start + batch_size], True) for start in range(0, len(mine), batch_size)]
+    most = -(-len(longest_first[:: world_size()]) // batch_size)
+    return batches + [(longest_first[:1], False)] * (most - len(batches))
 
 
 def weighted(losses: Mapping[str, float], weights: Mapping[str, float]) -> float | None:

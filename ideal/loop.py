@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ideal.config import Config
 from ideal.data import Data
-from ideal.distributed import all_gather_objects, barrier, is_main, say
+from ideal.distributed import all_gather_objects, barrier, is_main, say, world_size
 from ideal.errors import UserError
 from ideal.evaluation import evaluate, weighted
 from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
@@ -24,7 +24,7 @@ from ideal.influence.adaptive import DIRECTION_ERROR
 from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
 from ideal.mixers import MIXERS, Mixer, RoundResult, Step
 from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
-from ideal.model import DTYPES, load_model, merge_adapters
+from ideal.model import DTYPES, load_model, merge_adapters, shard
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
 from ideal.report.tables import duration
 from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
@@ -451,11 +451,18 @@ def _link_tree(source: Path, target: Path) -> None:
 
 @contextmanager
 def loaded_model(run: Run, here: RoundFolder | None) -> Iterator[torch.nn.Module]:
-    """The base model (None) or a round's, unwrapped, on this process's device, gone afterwards."""
+    """The base model (None) or a round's, on this process's device, gone afterwards.
+
+    Not wrapped in DDP; its weights are sharded where training shards them.
+    """
     checkpoint = None if here is None else find_model(run, here)
     dtype = run.config.train.compute_dtype or DTYPES[run.config.model.dtype]
     free_device_memory()  # of what the inner loop held
-    model = load_model(run.config.model, checkpoint, dtype).to(run.arguments.device)  # type: ignore[arg-type]
+    model = load_model(run.config.model, checkpoint, dtype)
+    if run.arguments.fsdp and world_size() > 1:
+        shard(model, run.arguments.device)
+    else:
+        model.to(run.arguments.device)  # type: ignore[arg-type]
     try:
         yield model
     finally:

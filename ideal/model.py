@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, TaskType, get_peft_model
 from pydantic import Field
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ideal.distributed import world_size
 from ideal.errors import UserError
 from ideal.settings import STRICT
 
@@ -137,6 +140,20 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel |
         target_modules=lora.target_modules,
     )
     return get_peft_model(model, adapters)
+
+
+def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:
+    """Splits the weights among all ranks, in place (FSDP2): a block's are whole only while it runs.
+
+    Blocks move to `device` one at a time, so that no device ever holds more than its part and one block.
+    """
+    mesh = init_device_mesh(device.type, (world_size(),))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    blocks = set(cast(list[str], base._no_split_modules or []))
+    for module in list(model.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def save_model(
