@@ -123,7 +123,7 @@ class Worker:
         """Ends the processes."""
         for process in self.processes:
             try:
-                process.communicate(timeout=5)  # it ends where its requests do
+                process.communicate(timeout=30)  # it ends where its requests do
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
