@@ -1,6 +1,11 @@
 """Losses: summed token loss / trained tokens, whatever the batches; Q as their weighted mean."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import inner_loops
 import pytest
@@ -58,6 +63,22 @@ def test_evaluation_leaves_the_model_as_it_was(model):
     evaluate(model, inner_loops.make_pools(), EvaluationConfig(), pad_id=0, description="")
     assert model.training and all(p.grad is None for p in model.parameters())
     model.eval()
+
+
+def test_sharded_model_has_the_same_losses(model, tmp_path):
+    """Two ranks take part in each other's forward passes to the end, also where one has a batch less."""
+    model.save_pretrained(tmp_path / "model")
+    script = Path(__file__).with_name("sharded.py")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    sets = inner_loops.make_pools()
+    assert any(len(examples) % 2 for examples in sets.values()), "some set must be uneven"
+    expected = evaluate(model, sets, EvaluationConfig(8), pad_id=0, description="")
+    for rank in range(2):
+        for losses in json.loads((tmp_path / f"rank{rank}.json").read_text()).values():
+            assert losses == pytest.approx(expected, rel=1e-6)
 
 
 def test_weighted():

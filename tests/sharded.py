@@ -1,0 +1,33 @@
+"""Run by torchrun from test_evaluation.py: losses of a sharded model, with sets that do not go around."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import inner_loops
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from transformers import LlamaForCausalLM
+
+from ideal.evaluation import EvaluationConfig, evaluate
+from ideal.model import shard
+
+
+def main(folder: Path) -> None:
+    dist.init_process_group("gloo")
+    model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
+    shard(model, torch.device("cpu"))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    sets = inner_loops.make_pools()
+    found = {size: evaluate(model, sets, EvaluationConfig(size), pad_id=0, description="") for size in (1, 2, 5)}
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
