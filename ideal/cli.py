@@ -21,13 +21,14 @@ from ideal import demo
 from ideal.config import Command, Config, dump, flat, help_text, read_command
 from ideal.data import CapabilityConfig, Data, load_data
 from ideal.data.inspection import SetReport, report_table, show_example
-from ideal.distributed import barrier, is_main, say, together
+from ideal.distributed import barrier, is_main, say, together, world_size
 from ideal.errors import UserError
-from ideal.estimate import estimate
 from ideal.loop import Run, estimate_influence, influence_json, loaded_model, run_loop
+from ideal.machine import PlanConfig, machine_of
 from ideal.mixers import MIXERS
 from ideal.mixture import Mixture, build_mixture
 from ideal.model import checkpoint_config, load_tokenizer
+from ideal.plan import CannotPlan, DataSizes, long_text, make_plan, short_text
 from ideal.report import export_mixture, final_summary, load_run, render_report
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
@@ -76,6 +77,8 @@ def execute(command: Command) -> None:
     config = with_demo(command.config)
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
+    if command.stage == "plan":
+        return plan_stage(config, command.plan, folder, arguments)
     together(lambda: check_folder(folder, command))
     over = folder.finished and not command.restart and not folder.grows(dump(command.config))
     if command.stage == "run" and over:
@@ -129,18 +132,42 @@ def with_demo(config: Config) -> Config:
 
 def prepare(config: Config, folder: RunFolder, arguments: transformers.TrainingArguments) -> Run:
     """Loads tokenizer and data, checks them, and says what there is and what the run will take."""
+    run, mixture = load_run_data(config, folder, arguments)
+    data = run.data
+    say(report_table(data.reports, data.notes) + "\n")
+    for name, pool in data.pools.items():
+        say(f"first example of {name} (> trained, | masked):\n{show_example(pool, 0, run.tokenizer, 300)}\n")
+    sizes = data_sizes(run, mixture)
+    say(together(lambda: what_it_takes(config, sizes)) + "\n")
+    return run
+
+
+def load_run_data(config: Config, folder: RunFolder, arguments: transformers.TrainingArguments) -> tuple[Run, Mixture]:
+    """Tokenizer, data and the first mixture, checked."""
     together(lambda: checkpoint_config(config.model))
     tokenizer = together(lambda: load_tokenizer(config.model))
     data = load_data(config.data, tokenizer, config.seed)
     ratios = together(lambda: start_ratios(config, data))
     run = Run(config, folder, tokenizer, data, ratios, arguments)
-    say(report_table(data.reports, data.notes) + "\n")
-    for name, pool in data.pools.items():
-        say(f"first example of {name} (> trained, | masked):\n{show_example(pool, 0, tokenizer, 300)}\n")
     mixture = build_mixture(run.trained_tokens, ratios, seed=config.seed, round=0)
     together(lambda: check_mixture(mixture))
-    say(together(lambda: estimate(config, data, mixture, arguments)) + "\n")
-    return run
+    return run, mixture
+
+
+def data_sizes(run: Run, mixture: Mixture) -> DataSizes:
+    """What a plan needs to know of the data."""
+    counts = {name: domain.counts for name, domain in mixture.domains.items()}
+    return DataSizes.of(run.data.pools, counts, run.data.references, run.data.tests)
+
+
+def what_it_takes(config: Config, sizes: DataSizes) -> str:
+    """The plan in short, on rank 0. Raises UserError for what the outer step would refuse."""
+    if not is_main():
+        return ""
+    try:
+        return short_text(config, sizes, make_plan(config, sizes, world_size(), None))
+    except CannotPlan as error:
+        return f"what it takes is not known before: {error}"
 
 
 def data_row(report: SetReport) -> dict[str, Any]:
@@ -190,6 +217,22 @@ def check_mixture(mixture: Mixture) -> None:
     used = [name for name, domain in mixture.domains.items() if domain.size]
     if len(used) < 2:
         raise UserError(f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed")
+
+
+def plan_stage(
+    config: Config, wanted: PlanConfig, folder: RunFolder, arguments: transformers.TrainingArguments
+) -> None:
+    """`--stage plan`: what the run would take; writes nothing."""
+    run, mixture = load_run_data(config, folder, arguments)
+    sizes = data_sizes(run, mixture)
+
+    def text() -> str:
+        if not is_main():
+            return ""
+        plan = make_plan(config, sizes, wanted.processes or world_size(), machine_of(wanted))
+        return long_text(config, sizes, plan)
+
+    say(together(text))
 
 
 def influence_stage(run: Run) -> None:

@@ -22,6 +22,7 @@ from ideal.data.loading import resolve_domains
 from ideal.errors import UserError
 from ideal.evaluation import EvaluationConfig
 from ideal.influence import InfluenceConfig
+from ideal.machine import PlanConfig
 from ideal.mixers import MIXERS, MixingConfig
 from ideal.model import ModelConfig
 from ideal.settings import STRICT
@@ -72,10 +73,12 @@ class Command:
     config: Config
     stage: str
     restart: bool
+    plan: PlanConfig
 
 
 STAGES = {
     "run": "the whole loop",
+    "plan": "only what the run would take: memory per process and phase, disk, passes, FLOPs, time",
     "influence": "only the influence matrix of the given model on the given data",
     "mix": "only the mixture that the given ratios give",
     "report": "only the report of output_dir again",
@@ -86,6 +89,7 @@ OPTIONS = {
     "restart": "true: delete the run in output_dir and start over",
     "help": "this text",
 }
+PLAN = "plan."
 
 
 def read_command(defaults: Mapping[str, Any], argv: Sequence[str]) -> Command:
@@ -108,7 +112,16 @@ def read_command(defaults: Mapping[str, Any], argv: Sequence[str]) -> Command:
     restart = options.get("restart", "false").lower()
     if restart not in ("true", "false"):
         raise UserError(f"restart: {restart!r} is neither true nor false")
-    return Command(validate(_with_command_line(tree, given)), stage, restart == "true")
+    plan = _plan_config({key.removeprefix(PLAN): options[key] for key in options if key.startswith(PLAN)})
+    return Command(validate(_with_command_line(tree, given)), stage, restart == "true", plan)
+
+
+def _plan_config(given: Tree) -> PlanConfig:
+    """`plan.*`, which belong to the command and not to the run's configuration."""
+    try:
+        return TypeAdapter(PlanConfig).validate_python(given)
+    except ValidationError as error:
+        raise UserError(PLAN + _explain(error, given)) from None
 
 
 def validate(tree: Tree) -> Config:
@@ -154,7 +167,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
                 value = "true"
             else:
                 value = words.pop(0)
-        if key in OPTIONS:
+        if key in OPTIONS or key in plan_keys():
             options[key] = value
         elif key in known or key.startswith(("train.", "data.domains.", "data.capabilities.", "mixing.ratios.")):
             given[key] = _value(value)
@@ -165,7 +178,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
 
 def unknown_key(key: str) -> str:
     """The line for a key that does not exist, with the nearest that does."""
-    near = difflib.get_close_matches(key, [*known_keys(), *OPTIONS], 1, cutoff=0.5)
+    near = difflib.get_close_matches(key, [*known_keys(), *OPTIONS, *plan_keys()], 1, cutoff=0.5)
     return f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
@@ -322,6 +335,11 @@ def known_keys() -> list[str]:
     return [*ours, "train.global_batch_size", *(f"train.{name}" for name in TRAINER_KEYS)]
 
 
+def plan_keys() -> list[str]:
+    """The keys of `--stage plan`."""
+    return [name for name, *_ in _fields(PlanConfig, PLAN)]
+
+
 def _fields(group: Any, prefix: str = "") -> Iterator[tuple[str, str, Any, str]]:
     """(dotted key, type, default, meaning) of each key of ours, groups expanded."""
     schema = TypeAdapter(group).json_schema()
@@ -356,7 +374,7 @@ def help_text(defaults: Mapping[str, Any]) -> str:
     lines = ["usage: torchrun --nproc_per_node=GPUS main.py [--config FILE] [--group.key VALUE ...]", ""]
     lines += [f"  --{name}\n      {text}" for name, text in OPTIONS.items()]
     train = next(f for f in dataclasses.fields(TrainConfig) if f.name == "global_batch_size")
-    keys = [*_fields(Config), ("train.global_batch_size", "int", train.default, TRAIN_HELP)]
+    keys = [*_fields(PlanConfig, PLAN), *_fields(Config), ("train.global_batch_size", "int", train.default, TRAIN_HELP)]
     for key, kind, default, meaning in keys:
         default = defaults.get(key, default)
         shown = "none" if default is None else default if default != "" else "''"

@@ -7,8 +7,8 @@ one of sequences of mean length, whose work is multiplied; what asks for values 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 from ideal.distributed import rank, rehearsed, world_size
 from ideal.footprint import Footprint, Work
 from ideal.influence.config import InfluenceConfig
-from ideal.influence.engine import Influence, _Engine
+from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
 from ideal.influence.passes import Passes
 from ideal.influence.samples import SequenceSet
 from ideal.influence.statistics import Accumulator, Scores, Tracker, frozen
 from ideal.influence.storage import Store
+
+TYPICAL = "typical"
+"""What is run for its work alone: no phase."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def rehearse(
         groups = shared_inputs(model, layers, torch.zeros(1, 2, dtype=torch.int64))
         busiest = _busiest(groups, config, len(training), len(reference), ranks)
         with rehearsed(busiest, ranks):
-            engine = _RehearsedEngine(model, groups, training, reference, config, 0)
+            weights = np.full(len(reference), 1 / len(reference))
+            engine = _RehearsedEngine(model, groups, training, reference, config, 0, weights)
             return engine.rehearse(vocabulary, timed)
 
 
@@ -92,36 +96,24 @@ class _RehearsedEngine(_Engine):
     def rehearse(self, vocabulary: int, timed: bool) -> Rehearsal:
         """All phases."""
         footprint = Footprint(lambda tensor: "logits" if tensor.shape[-1:] == (vocabulary,) else "activations")
-        passes = _RehearsedPasses(self.model, self.passes.owners, self.config, footprint, timed)
-        self.passes, self.footprint = passes, footprint
+        self.passes = passes = _RehearsedPasses(self.model, self.passes.owners, self.config, footprint, timed)
         store = _RehearsedStore(self.layout.spilled, footprint)
         with footprint:
             self.run(store)
-        memory = footprint.peaks()
-        return Rehearsal(
-            {
-                name: Phase(peak, footprint.work[name], passes.sequences[name], passes.runs[name])
-                for name, peak in memory.items()
-                if name
-            },
-            self.layout,
-            store.spilled,
-        )
+        phases = {
+            name: Phase(peak, footprint.work[name], passes.sequences[name], passes.runs[name])
+            for name, peak in footprint.peaks().items()
+            if name not in ("", TYPICAL)
+        }
+        return Rehearsal(phases, self.layout, store.spilled)
 
-    def _zeros(self, *shape: int) -> Tensor:
-        tensor = super()._zeros(*shape)
-        self.footprint.rename(tensor, "gradients" if len(shape) == 3 else "factors")
-        return tensor
-
-    def _least_important(self) -> set[str]:
-        names = [name for group in self.groups for name in group.layers]
-        return set(names[-(-int(self.config.keep_layers * len(names)) // 1) :])
-
-    def _note(self, part: list[Group], products: dict[str, Tensor]) -> None:
-        """M has values alone."""
-
-    def _result(self, dropped: set[str]) -> Influence:
-        return cast(Influence, None)
+    def _until_certain(
+        self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """At worst all sequences are taken."""
+        self._take(self._available())
+        self._domain_pass(part, directions, None, "")
+        return directions
 
 
 class _RehearsedStore(Store):
@@ -196,6 +188,12 @@ class _RehearsedPasses(Passes):
                 self.known[key] = peak, work
             self.footprint.work[description] += work
 
+    def zeros(self, *shape: int) -> Tensor:
+        """A sum that starts."""
+        tensor = super().zeros(*shape)
+        self.footprint.rename(tensor, "gradients" if len(shape) == 3 else "factors")
+        return tensor
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Names the phase."""
@@ -227,13 +225,13 @@ class _RehearsedPasses(Passes):
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
         phase = self.footprint.phase
-        before, self.footprint.phase = self.footprint.work[phase], "work"
+        before, self.footprint.phase = self.footprint.work[phase], TYPICAL
         plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
         lengths = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in sets]).astype(float)
         picked = _typical(sets, float(lengths.mean()), self._share)
         self._step(tracker, sets, picked, plain, sampled)
         step = sets[picked[0]].examples.positions[sets[picked[0]].rows[list(picked[1])]].astype(float)
-        work = self.footprint.work.pop("work").times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
+        work = self.footprint.work.pop(TYPICAL).times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
         self.footprint.phase = phase
         self.footprint.work[phase] = before
         for accumulator in true:
@@ -255,9 +253,7 @@ class _RehearsedPasses(Passes):
     ) -> None:
         number, places = chosen
         nothing = np.zeros(0, dtype=np.int64)
-        alone = [
-            whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)
-        ]
+        alone = [whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)]
         for batch in self.batches(alone, bool(sampled)):
             tracker.run(batch, true, sampled)
 

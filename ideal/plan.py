@@ -1,0 +1,529 @@
+"""What a run takes: memory per process and phase, disk, passes over the data, FLOPs, time; before it runs.
+
+Every phase is gone through on fake tensors (footprint.py) by the code that will run, so only shapes, lengths and
+counts are needed: `--stage plan` prints all of it, a run the short form. Memory is that of tensors; libraries,
+an allocator's waste and, on a GPU, CUDA's context come on top.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from ideal.config import Config
+from ideal.errors import UserError
+from ideal.footprint import Footprint, Work, fake
+from ideal.influence import DomainSample
+from ideal.influence.rehearsal import Rehearsal, rehearse
+from ideal.influence.samples import draw_domain, whole_reference
+from ideal.machine import Machine
+from ideal.mixers import MIXERS
+from ideal.model import DTYPES, checkpoint_config, with_adapters
+from ideal.objective import summed_token_loss
+from ideal.report.tables import duration
+from ideal.training import RoundPlan
+
+UPDATE_PASSES = 13
+"""Times that a weight-sized tensor is read or written per optimizer step: 7 by AdamW, 6 by clipping and zeroing."""
+LITTLE_ROOM = 1.1
+"""Free disk / disk needed below which the plan says so."""
+LOGITS = "logits"
+MOMENTS = {"sgd": 0.0, "adagrad": 1.0, "adafactor": 0.0, "rmsprop": 1.0, "8bit": 0.5}
+"""Optimizer state / weights, by what the optimizer's name holds; 2 for all others, AdamW among them."""
+
+
+class CannotPlan(UserError):
+    """A model cannot be gone through without its weights; it may well run with them."""
+
+
+class Counts:
+    """A set of examples of which only sizes are known."""
+
+    def __init__(self, lengths: np.ndarray, trained_tokens: np.ndarray, positions: np.ndarray | None = None) -> None:
+        """All [rows]: tokens, trained tokens, index of the last trained label (None: the last token's)."""
+        self.lengths, self.trained_tokens = lengths, trained_tokens
+        self.positions = lengths - 1 if positions is None else positions
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict[str, list[int]]:
+        """A row of that size; its last labels are the trained ones."""
+        length, end, trained = int(self.lengths[row]), int(self.positions[row]) + 1, int(self.trained_tokens[row])
+        labels = [-100] * length
+        labels[max(end - trained, 0) : end] = [0] * min(trained, end)
+        return {"input_ids": [0] * length, "labels": labels}
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """What is known of the data: per domain examples and how often each stands in the mixture, and the other sets."""
+
+    domains: Mapping[str, DomainSample]
+    references: Mapping[str, Counts]
+    tests: Mapping[str, Counts] = field(default_factory=dict)
+
+    @staticmethod
+    def of(
+        pools: Mapping[str, Any],
+        counts: Mapping[str, np.ndarray],
+        references: Mapping[str, Any],
+        tests: Mapping[str, Any],
+    ) -> "DataSizes":
+        """From loaded sets (`ideal.data.ExampleSet`)."""
+
+        def sizes(sets: Mapping[str, Any]) -> dict[str, Counts]:
+            return {name: Counts(s.lengths, s.trained_tokens, s.positions) for name, s in sets.items()}
+
+        domains = {name: DomainSample(pool, counts[name]) for name, pool in sizes(pools).items()}
+        return DataSizes(domains, sizes(references), sizes(tests))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens of every row of the mixture."""
+        return np.concatenate([np.repeat(d.examples.lengths, d.counts) for d in self.domains.values()])  # type: ignore[attr-defined]
+
+    @property
+    def trained_tokens(self) -> int:
+        """Of an epoch."""
+        return int(sum(d.counts @ d.examples.trained_tokens for d in self.domains.values()))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run, at the process that holds most."""
+
+    name: str
+    memory: dict[str, int]
+    """Bytes by kind at its peak."""
+    work: Work
+    """Of one process, each time."""
+    times: int
+    """How often in a run."""
+    sequences: int
+    """That go through the model each time, over all processes and passes."""
+    passes: float
+    """Over the data of this phase."""
+    seconds: float
+    """Each time."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes."""
+
+    parameters: int
+    trained: int
+    processes: int
+    machine: Machine | None
+    round: RoundPlan
+    phases: list[Phase]
+    outer_parts: tuple[int, int]
+    """In how many parts the outer step works on the layers: for the curvature, for the gradients."""
+    streamed: bool
+    spilled: int
+    """Bytes of eigenbases per process that wait in host memory or on disk."""
+    disk: dict[str, int]
+    """Bytes by what for."""
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that needs most memory."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    def peak_of(self, *names: str) -> int:
+        """The most of some phases, bytes per process."""
+        return max((phase.peak for phase in self.phases if phase.name in names), default=0)
+
+    @property
+    def outer(self) -> list[Phase]:
+        """The outer step's phases."""
+        return [phase for phase in self.phases if phase.name not in (TRAINING, EVALUATION)]
+
+    @property
+    def seconds(self) -> float:
+        """Of the run."""
+        return sum(phase.seconds * phase.times for phase in self.phases)
+
+
+TRAINING, EVALUATION = "training", "evaluation"
+
+
+def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine | None, shape: Any = None) -> Plan:
+    """The plan of a run.
+
+    Args:
+        machine: None: FLOPs and time are not wanted, which halves the plan's own time.
+        shape: the model's transformers configuration; None: that of config.model.
+
+    Raises:
+        UserError: a setting that the run would refuse.
+        CannotPlan: a model that cannot be gone through without its weights.
+    """
+    shape = checkpoint_config(config.model) if shape is None else shape
+    plan = RoundPlan.of(int(len(sizes.lengths)), sizes.trained_tokens, config.train)
+    moves = MIXERS[config.mixing.method].moves()
+    loops, steps = (config.mixing.rounds + 1, config.mixing.rounds) if moves else (1, 0)
+    try:
+        with fake():
+            model = empty_model(config, shape, DTYPES[config.model.dtype])
+            parameters = sum(p.numel() for p in model.parameters())
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            phases = [_training(model, config, sizes, plan, processes, machine, loops)]
+            model = empty_model(config, shape, _compute_dtype(config))
+            phases.append(_evaluation(model, config, sizes, processes, machine, loops + 1))
+            outer = None
+            if MIXERS[config.mixing.method].needs_influence:
+                outer = _outer_step(model, config, sizes, processes, timed=machine is not None)
+                phases += _outer_phases(model, outer, sizes, machine, max(steps, 1))
+    except UserError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CannotPlan(f"plan: this model cannot be gone through without its weights: {reason}") from error
+    return Plan(
+        parameters,
+        trained,
+        processes,
+        machine,
+        plan,
+        phases,
+        (len(outer.layout.factor_parts), len(outer.layout.gradient_parts)) if outer else (0, 0),
+        bool(outer and outer.layout.streamed),
+        outer.spilled if outer else 0,
+        _disk(config, shape, parameters, trained, plan, loops, outer.spilled * processes if outer else 0),
+    )
+
+
+def empty_model(config: Config, shape: Any, dtype: torch.dtype) -> torch.nn.Module:
+    """The model without its weights, inside `footprint.fake()`; adapters included."""
+    attention = config.model.attn_implementation
+    model = AutoModelForCausalLM.from_config(
+        shape,
+        dtype=dtype,
+        trust_remote_code=config.model.trust_remote_code,
+        # flash kernels exist on GPUs only; sdpa's take as much memory.
+        attn_implementation="eager" if attention == "eager" else "sdpa",
+    )
+    return with_adapters(model, config.model.lora)
+
+
+def _compute_dtype(config: Config) -> torch.dtype:
+    return config.train.compute_dtype or DTYPES[config.model.dtype]
+
+
+def _vocabulary(model: torch.nn.Module) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _kind(vocabulary: int) -> Callable[[torch.Tensor], str]:
+    return lambda tensor: LOGITS if tensor.shape[-1:] == (vocabulary,) else "activations"
+
+
+def _seconds(machine: Machine | None, work: Work) -> float:
+    return machine.seconds(work) if machine else math.nan
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+# Training
+
+
+def _training(
+    model: torch.nn.Module,
+    config: Config,
+    sizes: DataSizes,
+    plan: RoundPlan,
+    processes: int,
+    machine: Machine | None,
+    loops: int,
+) -> Phase:
+    """An inner loop."""
+    given = config.train.arguments
+    rows = given.get("per_device_train_batch_size", min(8, config.train.global_batch_size))
+    accumulation = accumulation_steps(config, rows, processes)
+    sharded = bool(given.get("fsdp")) and processes > 1
+    if given.get("gradient_checkpointing") or (given.get("fsdp_config") or {}).get("activation_checkpointing"):
+        model.gradient_checkpointing_enable(given.get("gradient_checkpointing_kwargs"))  # type: ignore[operator]
+    model.train()
+    lengths = sizes.lengths
+    # The gradients of the first micro-batch are there during all that follow.
+    run = partial(_steps, model, rows, amp=bool(given.get("bf16")))
+    footprint = run(int(lengths.max()), min(accumulation, 2))
+    memory = footprint.peaks(without="gradients" if sharded else "")[""]
+    memory = _held_in_training(model, config, processes if sharded else 1, processes > 1) | memory
+    work = Work()
+    if machine:
+        typical = _mean_longest(lengths, rows)
+        work = run(math.ceil(typical), 1).work[""].times(plan.steps * accumulation)
+        weights = _bytes(p for p in model.parameters() if p.requires_grad)
+        work += Work(moved=UPDATE_PASSES * weights * plan.steps / (processes if sharded else 1))
+    sequences = plan.steps * config.train.global_batch_size
+    return Phase(TRAINING, memory, work, loops, sequences, plan.epochs, _seconds(machine, work))
+
+
+def accumulation_steps(config: Config, rows: int, processes: int) -> int:
+    """Micro-batches of `rows` sequences per optimizer step; raises UserError where the global batch does not divide."""
+    if config.train.global_batch_size % (rows * processes):
+        raise UserError(
+            f"train.global_batch_size: {config.train.global_batch_size} is not a multiple of "
+            f"train.per_device_train_batch_size x processes = {rows} x {processes}"
+        )
+    return config.train.global_batch_size // (rows * processes)
+
+
+def _steps(model: torch.nn.Module, rows: int, length: int, count: int, amp: bool) -> Footprint:
+    """`count` forward and backward passes, as the Trainer makes them; gradients are named."""
+    footprint = Footprint(_kind(_vocabulary(model)))
+    with footprint:
+        for _ in range(count):
+            _loss(model, rows, length, amp).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                footprint.rename(parameter.grad, "gradients")
+    for parameter in model.parameters():
+        parameter.grad = None
+    return footprint
+
+
+def _loss(model: torch.nn.Module, rows: int, length: int, amp: bool) -> torch.Tensor:
+    """The summed loss of a padded batch; accelerate turns what comes out of mixed precision into float32."""
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+    return summed_token_loss(logits.float() if amp else logits, ids) / 1.0
+
+
+def _held_in_training(model: torch.nn.Module, config: Config, shards: int, several: bool) -> dict[str, int]:
+    """Weights and what goes with them, bytes per process."""
+    weights, trained = _bytes(model.parameters()), _bytes(p for p in model.parameters() if p.requires_grad)
+    name = str(config.train.arguments.get("optim", "adamw"))
+    moments = next((factor for part, factor in MOMENTS.items() if part in name), 2.0)
+    held = {"weights": weights // shards, "optimizer": int(moments * trained) // shards}
+    if shards > 1:
+        # FSDP holds two blocks' weights whole at a time, and one's gradients; the root's (embeddings, head) all along.
+        blocks = [_bytes(block.parameters()) for block in _blocks(model)]
+        root, largest = weights - sum(blocks), max(blocks, default=0)
+        narrow = _compute_dtype(config).itemsize / DTYPES[config.model.dtype].itemsize
+        held |= {"gathered": int(narrow * (root + 2 * largest)), "gradients": trained // shards + int(narrow * largest)}
+    elif several:
+        held["buckets"] = trained  # DDP's copies of all gradients
+    return held
+
+
+def _blocks(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
+    """The model's repeated blocks."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda blocks: sum(_bytes(block.parameters()) for block in blocks), default=[])
+
+
+def _mean_longest(lengths: np.ndarray, rows: int) -> float:
+    """The expected longest of `rows` rows drawn at random: what a batch is padded to."""
+    below = (np.arange(len(lengths) + 1) / len(lengths)) ** rows
+    return float(np.sort(lengths) @ np.diff(below))
+
+
+# Evaluation and the outer step
+
+
+def _evaluation(
+    model: torch.nn.Module,
+    config: Config,
+    sizes: DataSizes,
+    processes: int,
+    machine: Machine | None,
+    times: int,
+) -> Phase:
+    """Reference and test losses."""
+    lengths = np.concatenate([s.lengths for s in [*sizes.references.values(), *sizes.tests.values()]]).astype(float)
+    rows = config.evaluation.batch_size
+    model.eval()
+
+    def run(length: int) -> Footprint:
+        with Footprint(_kind(_vocabulary(model))) as footprint, torch.no_grad():
+            _loss(model, rows, length, amp=False)
+        return footprint
+
+    memory = {"weights": _bytes(model.parameters())} | run(int(lengths.max())).peaks()[""]
+    work = Work()
+    if machine:
+        typical = round(lengths.mean())
+        work = run(typical).work[""].times(lengths.sum() / (rows * typical), (lengths**2).sum() / (rows * typical**2))
+        work = work.times(1 / processes)
+    return Phase(EVALUATION, memory, work, times, len(lengths), 1, _seconds(machine, work))
+
+
+def _outer_step(model: torch.nn.Module, config: Config, sizes: DataSizes, processes: int, *, timed: bool) -> Rehearsal:
+    """One outer step's phases, without the model's weights."""
+    fraction = 1.0 if config.influence.sample_fraction == "auto" else config.influence.sample_fraction
+    training = [draw_domain(name, domain, fraction, config.seed) for name, domain in sizes.domains.items()]
+    reference = [whole_reference(name, examples) for name, examples in sizes.references.items()]
+    return rehearse(model, training, reference, config.influence, processes, vocabulary=_vocabulary(model), timed=timed)
+
+
+def _outer_phases(
+    model: torch.nn.Module, outer: Rehearsal, sizes: DataSizes, machine: Machine | None, steps: int
+) -> list[Phase]:
+    weights = {"weights": _bytes(model.parameters())}
+    return [
+        Phase(
+            name,
+            weights | phase.memory,
+            phase.work,
+            steps,
+            phase.sequences,
+            phase.passes,
+            _seconds(machine, phase.work),
+        )
+        for name, phase in outer.phases.items()
+    ]
+
+
+def _disk(
+    config: Config, shape: Any, parameters: int, trained: int, plan: RoundPlan, loops: int, spilled: int
+) -> dict[str, int]:
+    """Bytes by what for, over all processes."""
+    stored = getattr(shape, "dtype", None)
+    size = (stored if isinstance(stored, torch.dtype) else DTYPES[config.model.dtype]).itemsize
+    saved = parameters if config.model.lora.rank == 0 else trained
+    kept = 2 if config.keep_models == "final" else loops + 1
+    disk = {f"{kept} models": kept * saved * size}
+    given = config.train.arguments
+    strategy = str(given.get("save_strategy", "no"))
+    if strategy not in ("no", "SaveStrategy.NO"):
+        every = given.get("save_steps", 500) if "steps" in strategy.lower() else plan.steps_per_epoch
+        count = max(1, plan.steps // max(int(every), 1)) if every >= 1 else math.ceil(1 / every)
+        count = min(count, given.get("save_total_limit") or count)
+        disk[f"{count} checkpoints"] = count * trained * 3 * DTYPES[config.model.dtype].itemsize
+    if spilled and config.influence.spill == "disk":
+        disk["spilled eigenbases"] = spilled
+    return disk
+
+
+# Words
+
+
+def gigabytes(size: float) -> str:
+    """Bytes for a person."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def short_text(config: Config, sizes: DataSizes, plan: Plan) -> str:
+    """What a run says before its first expensive step; the time follows once a step was measured."""
+    rows, loops = len(sizes.lengths), plan.phases[0].times
+    per_process = config.train.arguments.get("per_device_train_batch_size", min(8, config.train.global_batch_size))
+    accumulation = accumulation_steps(config, per_process, plan.processes)
+    memory = f"training {gigabytes(plan.peak_of(TRAINING))}, evaluation {gigabytes(plan.peak_of(EVALUATION))}"
+    if plan.outer:
+        parts = f" in {plan.outer_parts[1]} parts" if plan.outer_parts[1] > 1 else ""
+        memory += f", outer step {gigabytes(plan.peak_of(*(phase.name for phase in plan.outer)))}{parts}"
+    return "\n".join(
+        [
+            f"inner loops: {loops} of {plan.round.steps:,} steps; a step is {config.train.global_batch_size} sequences"
+            f" ({per_process} per process x {plan.processes} process(es) x {accumulation} accumulation)",
+            f"round 0: {rows:,} examples, {sizes.trained_tokens:,} trained tokens per epoch"
+            + (
+                "; later rounds hold as many tokens" if config.mixing.budget == "fixed" else "; later rounds may differ"
+            ),
+            f"memory per process, beside the libraries: {memory}"
+            f" ({plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained)",
+            _disk_line(config, plan),
+            "time: said as soon as a step has been measured",
+        ]
+    )
+
+
+def long_text(config: Config, sizes: DataSizes, plan: Plan) -> str:
+    """Everything, for `--stage plan`."""
+    machine = plan.machine
+    assert machine, "a plan in full has a machine"
+    lines = [
+        f"{plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained; {plan.processes} process(es),"
+        f" each on {machine.name}: {machine.wide / 1e12:,.3g} TFLOP/s in float32, {machine.narrow / 1e12:,.3g} in"
+        f" bfloat16, {machine.moved / 1e9:,.3g} GB/s",
+        f"{len(sizes.domains)} domains of {len(sizes.lengths):,} examples, {len(sizes.references)} capabilities of"
+        f" {sum(map(len, sizes.references.values())):,}; an inner loop has {plan.round.steps:,} steps of"
+        f" {config.train.global_batch_size} sequences",
+        "",
+        *table(plan),
+        "",
+        "times: how often in the run; the other columns are for one time, and per process but for the sequences.",
+        "memory: tensors at the phase's peak, on the process that holds most; libraries come on top.",
+        _fits(plan),
+        _disk_line(config, plan),
+        f"time: about {duration(plan.seconds)} in all, loading and communication not counted"
+        + (" (sample_fraction auto: at most)" if config.influence.sample_fraction == "auto" else ""),
+    ]
+    if plan.outer:
+        streamed = ", in the streamed form" if plan.streamed else ""
+        spilled = f"; {gigabytes(plan.spilled)} per process wait in {config.influence.spill}" if plan.spilled else ""
+        parts = "{} part(s) of the layers for the curvature, {} for the gradients".format(*plan.outer_parts)
+        lines.insert(-2, f"outer step: {parts}{streamed}{spilled}")
+    return "\n".join(lines)
+
+
+def table(plan: Plan) -> list[str]:
+    """A row per phase."""
+    head = ["phase", "times", "passes", "sequences", "TFLOP", "time", "memory", "of which"]
+    rows = [head]
+    for phase in plan.phases:
+        parts = sorted(phase.memory.items(), key=lambda item: -item[1])
+        rows.append(
+            [
+                phase.name,
+                str(phase.times),
+                f"{phase.passes:.3g}" if phase.sequences else "",
+                f"{phase.sequences:,}" if phase.sequences else "",
+                f"{phase.work.flops / 1e12:,.3g}",
+                duration(phase.seconds),
+                gigabytes(phase.peak),
+                ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts if size > phase.peak / 100),
+            ]
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head) - 1)]
+    return [
+        "  ".join(
+            [
+                row[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(row[1:-1], widths[1:], strict=True)),
+                row[-1],
+            ]
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _fits(plan: Plan) -> str:
+    highest, room = plan.peak, plan.machine.memory if plan.machine else None
+    line = f"peak: {gigabytes(highest.peak)} per process, in {highest.name}"
+    if room is None:
+        return line
+    too_large = [phase.name for phase in plan.phases if phase.peak > room]
+    if too_large:
+        return f"{line}; does NOT fit {gigabytes(room)}: {', '.join(too_large)}"
+    return f"{line}; fits {gigabytes(room)}"
+
+
+def _disk_line(config: Config, plan: Plan) -> str:
+    needed = sum(plan.disk.values())
+    what = ", ".join(f"{name} {gigabytes(size)}" for name, size in plan.disk.items())
+    folder = Path(config.output_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    room = "" if free > LITTLE_ROOM * needed else f" (only {gigabytes(free)} are free!)"
+    return f"disk: about {gigabytes(needed)} ({what}){room}"
