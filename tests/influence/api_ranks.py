@@ -4,6 +4,7 @@ import copy
 import faulthandler
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -197,9 +198,14 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    status = 1
+    try:
+        main(Path(sys.argv[1]))
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    # gloo under fully_shard now and then aborts or hangs while the interpreter shuts down, long after the work.
+    os._exit(status)
