@@ -100,8 +100,10 @@ def draw_domain(name: str, domain: DomainSample, fraction: float, seed: int) -> 
     rows = np.flatnonzero((domain.counts > 0) & (tokens > 0))
     population = len(rows)
     wanted = min(population, max(LEAST_SEQUENCES, math.ceil(fraction * population)))
-    # A permutation, not a choice: larger samples contain smaller ones, and any first part is a random sample.
-    rows = generator(seed, name, "influence").permutation(rows)[:wanted]
+    if wanted < population:
+        rows = np.sort(generator(seed, name, "influence").choice(rows, wanted, replace=False))
+    # In random order, so that any first part of them is a random sample too.
+    rows = generator(seed, name, "order").permutation(rows)
     repeats = domain.counts[rows].astype(np.float64)
     total = float(domain.counts @ tokens)
     return SequenceSet(name, domain.examples, rows, repeats, total, population, np.arange(wanted))

@@ -34,7 +34,7 @@ def part_of(world, fraction, seed=0):
     """The world with the rows that the curvature is to be estimated on, standing for their domains."""
     domains = {}
     for name, domain in world.domains.items():
-        rows = generator(seed, name, "influence").permutation(np.flatnonzero(domain.counts))
+        rows = generator(seed, name, "order").permutation(np.flatnonzero(domain.counts))
         rows = rows[: int(np.ceil(fraction * len(rows)))]
         tokens, counts = domain.examples.trained_tokens, np.zeros(len(domain.counts))
         counts[rows] = domain.counts[rows]
@@ -78,7 +78,7 @@ def test_the_widest_layer_asks_for_positions(world, monkeypatch):
     found = influence(world, factor_fraction=1e-3)
     positions = 0
     for name, domain in world.domains.items():
-        rows = generator(0, name, "influence").permutation(np.flatnonzero(domain.counts))
+        rows = generator(0, name, "order").permutation(np.flatnonzero(domain.counts))
         positions += domain.examples.positions[rows[: found.factor_sequences[name]]].sum()
     assert 0.8 * 8 * 24 < positions < 1.5 * 8 * 24
     assert sum(found.factor_sequences.values()) < sum(found.sequences.values())
