@@ -6,8 +6,9 @@ J [vocabulary, all tracked weights] is the Jacobian of a position's logits, p th
 weighted trained tokens, and D the layers' dampings: D_l times the identity. EK-FAC leaves out what
 lies between layers, and approximates each layer's own block; here both are exact.
 
-H is never formed. Conjugate gradients (Hestenes and Stiefel 1952), preconditioned by EK-FAC, need only
-its products with directions (Pearlmutter 1994; Schraudolph 2002), and a product with a direction is
+H is never formed. Block conjugate gradients (O'Leary 1980), preconditioned by EK-FAC, need only its
+products with directions (Pearlmutter 1994; Schraudolph 2002): one for each right-hand side and iteration,
+and every right-hand side is solved in the space that all of them span. A product with a direction is
 - forward: the tangent of the logits when the weights move along it (forward-mode differentiation),
 - at the trained positions: times w (diag p - p p^T),
 - backward: with that as the cotangent, the layers' pairs (x, d) as in statistics.py, whose d^T x is the product.
@@ -40,6 +41,9 @@ Vectors = dict[str, Tensor]
 Weights = dict[str, Tensor]
 """Per tracked layer, [O, I]: one direction, or its product."""
 
+GRAM_CHUNK = 2**20
+"""Entries of each vector that are held in float64 at a time for scalar products."""
+
 
 @dataclass(frozen=True)
 class JointSolution:
@@ -66,16 +70,16 @@ def solve_joint(
     owners: Mapping[str, int] | None = None,
     at_once: int = 1,
 ) -> JointSolution:
-    """Solves (H + D) V = g for all right-hand sides, each with its own step lengths, together.
+    """Solves (H + D) V = g for all right-hand sides together.
 
     Every rank calls it, with `frozen(model)` active. Gradient checkpointing is off inside: the
     activations of one batch are held. A layer with damping 0 saw no token: its V is zero.
 
     Memory beyond that of a forward and backward pass, in numbers of the size of the tracked weights:
     an owner holds 4 K per layer of its own (V, the residual, the direction, the product; the residual
-    takes the place of `gradients`), every rank 2 x `at_once` per layer that is not its own (the
-    directions that are in work and their products). One process needs nothing for `at_once`, and takes
-    all K. Per batch also four times [trained tokens, vocabulary].
+    takes the place of `gradients`), and K more for one layer at a time; every rank holds 2 x `at_once`
+    per layer that is not its own (the directions in work and their products). One process takes all K
+    at once, in place. A batch needs its activations and four times [trained tokens, vocabulary].
 
     Vectors and products are float32 (float64 for a float64 model), scalars float64. A bf16 model's
     forward, tangent and backward passes are bf16: its products are right to about a percent, so
@@ -99,76 +103,115 @@ def solve_joint(
             position, or a product is not finite.
     """
     owners = owners or dict.fromkeys(layers, 0)
-    mine = [name for name in layers if owners[name] == rank()]
-    residual = {name: gradients[name] for name in mine}
+    residual = {name: gradients[name] for name in layers if owners[name] == rank()}
     count = max(all_gather_objects(max((len(tensor) for tensor in residual.values()), default=0)))
-    for name in mine:
+    for name, tensor in residual.items():
         if not damping[name]:
-            residual[name].zero_()
+            tensor.zero_()
     at_once = count if world_size() == 1 else min(at_once, count)
     with _Products(model, layers, batches, owners, at_once).ready() as products:
 
         def multiply(direction: Vectors, product: Vectors, numbers: Sequence[int]) -> None:
             products.sum(direction, product, numbers)
-            for name in mine:
-                product[name].div_(tokens).add_(direction[name], alpha=damping[name])
+            for name, tensor in product.items():
+                tensor.div_(tokens).add_(direction[name], alpha=damping[name])
 
+        gram = _Gram(count, products.device, products.dtype)
         with progress(0, "joint curvature") as products.bar:
             products.passes = iterations * -(-count // at_once)
-            return _conjugate_gradients(multiply, residual, curvature, count, products.device, iterations, tolerance)
+            return _conjugate_gradients(multiply, residual, curvature, gram, iterations, tolerance)
 
 
 def _conjugate_gradients(
     multiply: Callable[[Vectors, Vectors, Sequence[int]], None],
     residual: Vectors,
     curvature: Mapping[str, Curvature],
-    count: int,
-    device: torch.device,
+    gram: "_Gram",
     iterations: int,
     tolerance: float,
 ) -> JointSolution:
-    """`residual` is the right-hand sides on entry; `multiply` writes a direction's product for some of the K.
+    """`residual` is the right-hand sides on entry; `multiply` writes the products of some of K directions.
 
-    Starting at zero, the first iterate is EK-FAC's own answer times the best scalar.
+    With P the directions, Q = (H + D) P, R the residuals and Z the preconditioned ones, as columns:
+    X += P a and R -= Q a with P^T Q a = P^T R; then P <- Z + P b with P^T Q b = - Q^T Z. Starting at zero, so
+    the first iterate is the best combination of what EK-FAC finds for the right-hand sides.
     """
     solution = {name: torch.zeros_like(tensor) for name, tensor in residual.items()}
-    direction = {name: curvature[name].solve(tensor) for name, tensor in residual.items()}
+    direction = {name: _solve(curvature[name], tensor) for name, tensor in residual.items()}
     product = {name: torch.zeros_like(tensor) for name, tensor in residual.items()}
-    initial = squared = _dots(residual, direction, count, device)
+    initial = gram.of(residual, direction).diagonal().clone()
+    numbers = initial.nonzero().flatten().tolist()
     residuals: list[list[float]] = []
-    relative = (squared > 0).to(squared)
-    while len(residuals) < iterations and bool((relative > tolerance).any()):
-        active = relative > tolerance
-        multiply(direction, product, active.nonzero().flatten().tolist())
-        step = torch.where(active, squared / _dots(direction, product, count, device), 0.0)
+    while numbers and len(residuals) < iterations and (not residuals or max(residuals[-1]) > tolerance):
+        multiply(direction, product, numbers)
+        inverse = gram.inverse(direction, product)
+        step = inverse @ gram.of(direction, residual)
+        overlap = gram.zeros()
         for name, tensor in residual.items():
-            solution[name].addcmul_(direction[name], _column(step, tensor))
-            tensor.addcmul_(product[name], _column(-step, tensor))
-            # From here on, the preconditioned residual stands in the product's place.
-            product[name].copy_(curvature[name].solve(tensor))
-        before, squared = squared, _dots(residual, product, count, device)
-        momentum = torch.where(active, squared / before, 0.0)
-        for name, tensor in direction.items():
-            tensor.mul_(_column(momentum, tensor)).add_(product[name])
-        relative = torch.where(initial > 0, squared / initial, 0.0).clamp_min(0.0).sqrt()
-        residuals.append(relative.tolist())
-        if not bool(relative.isfinite().all()):
-            raise UserError("influence.solver: the Gauss-Newton products are not finite; did training diverge?")
+            _add_(solution[name], direction[name], step)
+            _add_(tensor, product[name], -step)
+            preconditioned = _solve(curvature[name], tensor)
+            _add_gram_(overlap, product[name], preconditioned)
+            # From here on the preconditioned residual stands in the product's place, then the next direction.
+            product[name].copy_(preconditioned)
+        squared = gram.of(residual, product).diagonal()
+        turn = -inverse @ all_reduce_(overlap)
+        for name, tensor in product.items():
+            _add_(tensor, direction[name], turn)
+        direction, product = product, direction
+        residuals.append(torch.where(initial > 0, squared / initial, 0.0).clamp_min(0.0).sqrt().tolist())
     return JointSolution(solution, len(residuals), residuals)
 
 
-def _dots(left: Vectors, right: Vectors, count: int, device: torch.device) -> Tensor:
-    """[K] <left, right> over all layers of all ranks, float64."""
-    total = torch.zeros(count, dtype=torch.float64, device=device)
-    for name, tensor in left.items():
-        # Vector by vector: float64 copies of all K of a large layer would be what memory is sized by.
-        for number, (one, other) in enumerate(zip(tensor, right[name], strict=True)):
-            total[number] += one.flatten().double() @ other.flatten().double()
-    return all_reduce_(total)
+@dataclass(frozen=True)
+class _Gram:
+    """[K, K] scalar products of vectors over all layers of all ranks, float64."""
+
+    count: int
+    device: torch.device
+    dtype: torch.dtype
+    """The vectors'."""
+
+    def zeros(self) -> Tensor:
+        """Where they are added up."""
+        return torch.zeros(self.count, self.count, dtype=torch.float64, device=self.device)
+
+    def of(self, left: Vectors, right: Vectors) -> Tensor:
+        """<left_k, right_l>."""
+        total = self.zeros()
+        for name, tensor in left.items():
+            _add_gram_(total, tensor, right[name])
+        return all_reduce_(total)
+
+    def inverse(self, direction: Vectors, product: Vectors) -> Tensor:
+        """(P^T Q)^-1, pseudo-inverted where directions depend on each other to within rounding.
+
+        They do if capabilities' gradients are alike, and for right-hand sides that are zero or solved.
+        """
+        matrix = self.of(direction, product)
+        if not bool(matrix.isfinite().all()):
+            raise UserError("influence.solver: the Gauss-Newton products are not finite; did training diverge?")
+        scale = torch.where(matrix.diagonal() > 0, matrix.diagonal().rsqrt(), 0.0)
+        values, vectors = torch.linalg.eigh(scale[:, None] * (matrix + matrix.mT) / 2 * scale)
+        inverses = torch.where(values > self.count * torch.finfo(self.dtype).eps, 1 / values, 0.0)
+        return scale[:, None] * (vectors * inverses) @ vectors.mT * scale
 
 
-def _column(scalars: Tensor, like: Tensor) -> Tensor:
-    return scalars.to(like)[:, None, None]
+def _solve(curvature: Curvature, gradients_KOI: Tensor) -> Tensor:
+    # One at a time: what the solution needs on the way is one gradient's size, not K.
+    return torch.stack([curvature.solve(gradient_OI) for gradient_OI in gradients_KOI])
+
+
+def _add_gram_(total: Tensor, left_KOI: Tensor, right_KOI: Tensor) -> None:
+    # In pieces: float64 copies of all K of a large layer would be what memory is sized by.
+    pieces = (tensor.flatten(1).split(GRAM_CHUNK, dim=1) for tensor in (left_KOI, right_KOI))
+    for one, other in zip(*pieces, strict=True):
+        total += one.double() @ other.double().mT
+
+
+def _add_(vectors_KOI: Tensor, others_KOI: Tensor, factors: Tensor) -> None:
+    """vectors_k += sum over l of others_l factors[l, k], in place."""
+    vectors_KOI.view(len(factors), -1).addmm_(factors.mT.to(others_KOI), others_KOI.flatten(1))
 
 
 class _Products:

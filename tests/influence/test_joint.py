@@ -203,7 +203,7 @@ def test_wrong_matrices_are_told_apart():
 
 
 def test_bf16_model_is_near_float32():
-    """Measured: float32 5e-7, bf16 1.3e-2 of the largest entry."""
+    """Measured: float32 3e-7, bf16 1.6e-2 of the largest entry."""
     rows = some_rows()
     model, layers = case("mlp")
     expected = joint_dense(model, rows, WEIGHTS, layers).numpy()
@@ -292,10 +292,18 @@ def test_iterations_and_tolerance_end_it():
     assert solved(model, layers, batches, g, iterations=3)[1].iterations == 3
     loose = solved(model, layers, batches, g, tolerance=0.1)[1]
     assert max(loose.residuals[-1]) <= 0.1 < max(loose.residuals[-2])
-    # A right-hand side that is done stays as it is, whatever the others still need.
-    alone = solved(model, layers, batches, g[:1], tolerance=0.1)[0]
-    together = solved(model, layers, batches, torch.cat([g[:1], 0 * g[:1], g[1:]]), tolerance=0.1)[0]
-    assert difference(together[:1].numpy(), alone.numpy()) < EXACT
+
+
+def test_right_hand_sides_that_depend_on_each_other():
+    """Twice the same, one 1e-9 from it, their sum, and one that is zero."""
+    model, layers = case("mlp")
+    g = right_hand_sides(layers, 3)
+    g = torch.stack([g[0], g[0], g[0] + 1e-9 * g[1], g[0] + g[2], 0 * g[0], g[2]])
+    found, solution = solved(model, layers, some_batches(some_rows()), g, iterations=100, tolerance=1e-8)
+    assert solution.iterations < 100
+    damping = preconditioner(layers)[1]
+    assert difference(found.numpy(), dense_solution(model, layers, damping, g).numpy()) < 1e-6
+    assert (found[4] == 0).all()
 
 
 def test_residuals_are_those_of_the_system():
@@ -348,7 +356,7 @@ def cosine(left: np.ndarray, right: np.ndarray) -> float:
 def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     """EVIDENCE's network: after training, EK-FAC's matrix and the joint one are far apart.
 
-    Measured over seeds 0, 1, 2: cosine .9998, .9995, .9998 and off-diagonal Spearman .998, .983, .992
+    Measured over seeds 0, 1, 2: cosine .9999, .9997, 1.0000 and off-diagonal Spearman .996, 1.000, .997
     after 20 iterations; EK-FAC's own .966, .915, .922 and .66, .35, .53.
     """
     model = tiny_llama(1, seed, vocab_size=64, intermediate_size=32)
@@ -376,7 +384,7 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     dense = joint_dense(model, mixture, [1.0] * len(mixture), layers) / tokens.sum()
     exact = matrix(torch.linalg.solve(dense + damping_matrix(layers, damping), joined(references).T).T)
     block = matrix(joined({name: curvature[name].solve(g) for name, g in references.items()}))
-    batches = [batch_of(mixture[start : start + 32], [1.0] * 32) for start in range(0, len(mixture), 32)]
+    batches = [batch_of(mixture[start::2], [1.0] * (len(mixture) // 2)) for start in (0, 1)]
     with frozen(model):
         solution = solve_joint(
             model, layers, lambda: batches, references, curvature, damping, float(tokens.sum()), 20, 0.0
