@@ -82,8 +82,9 @@ def solve_joint(
     at once, in place. A batch needs its activations and four times [trained tokens, vocabulary].
 
     Vectors and products are float32 (float64 for a float64 model), scalars float64. A bf16 model's
-    forward, tangent and backward passes are bf16: its products are right to about a percent, so
-    residuals stop falling near there, and more iterations than reach that gain nothing.
+    forward, tangent and backward passes are bf16: its products are right to about 2% of the largest
+    entry, and the true residual lies above the one that is reported (on a trained tiny network .08 for a
+    reported .05, where the matrix has a cosine of .998 to the exact one).
 
     Args:
         model: a causal language model, as for `compute_influence`; on every rank, also if sharded.
