@@ -8,6 +8,7 @@ transformers alone. The folder holds
     model/          config.json and, unless the weights are random and made where they are used, safetensors
 """
 
+import ctypes
 import gc
 import json
 import os
@@ -215,3 +216,7 @@ def serve(prepare: Callable[[Workload], Callable[[dict[str, Any], Stopwatch], di
         answer = {**whole.phases, "cpu": processor, "phases": watch.phases, "peak": peak_bytes(), **answer}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+        # What this side held must not crowd out the next one's run.
+        gc.collect()
+        if sys.platform == "linux":
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
