@@ -123,11 +123,11 @@ def check(draws, truth, column):
 
 
 def test_training_errors(estimate_with_known_factors):
-    """150 subsamples: a spread is known to 6%. A third of each domain, so that the finite population counts."""
+    """120 subsamples: a spread is known to 6%. A third of each domain, so that the finite population counts."""
     references = {kind: toy_rows(kind, 9, 1077) for kind in CAPABILITIES}
     truth = estimate_with_known_factors(None, references)
     assert np.abs(truth.training_covariance).max() == 0
-    draws = [estimate_with_known_factors(rows, references) for rows in disjoint(50)]
+    draws = [estimate_with_known_factors(rows, references) for rows in disjoint(40)]
     check(draws, truth, "training")
 
 
@@ -159,12 +159,12 @@ def three(found, start):
 
 
 def test_factors_of_the_subsample_itself(estimate):
-    """60 subsamples, each with its own factors: covered 90 times or more, errors at most a quarter too wide.
+    """45 subsamples, each with its own factors: covered 90 times or more, errors at most a quarter too wide.
 
     They are a little wide, since a gradient that is large by chance meets a curvature that is, too.
     """
     references = {kind: toy_rows(kind, 40, 1077) for kind in CAPABILITIES}
     truth = estimate(None, references)
-    draws = [estimate(rows, references) for rows in disjoint(20)]
+    draws = [estimate(rows, references) for rows in disjoint(15)]
     for form, (covered, width) in intervals(draws, truth, "training").items():
         assert covered.mean() >= 0.90 and 0.9 < width.mean() < 1.25, (form, covered, width)
