@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
 from ideal.errors import UserError
-from ideal.influence import influence_of
+from ideal.influence import api, influence_of
+from ideal.influence.statistics import frozen
 
 Sets = tuple[dict[str, Rows], dict[str, Rows]]
 STEPS = 3
@@ -138,6 +139,22 @@ def sharded(fresh: nn.Module, policy: MixedPrecisionPolicy) -> Any:
     return fully_shard(model, mp_policy=policy)
 
 
+def stays_sharded(model: nn.Module, sets: Sets) -> bool:
+    """Also if the engine ends with a forward pass, after which FSDP2 keeps its outermost parameters gathered."""
+    before = [(id(parameter), parameter.requires_grad) for parameter in model.parameters()]
+
+    def forward_only(whole: nn.Module, *_: Any) -> None:
+        with frozen(whole), torch.no_grad():
+            whole(input_ids=torch.tensor([[1, 2]]))
+
+    right, api.compute_influence = api.compute_influence, forward_only  # type: ignore[assignment]
+    try:
+        probe(model, sets)
+    finally:
+        api.compute_influence = right
+    return before == [(id(parameter), parameter.requires_grad) for parameter in model.parameters()]
+
+
 def under_fsdp(fresh: nn.Module, sets: Sets, policy: MixedPrecisionPolicy) -> dict[str, Any]:
     """As under_ddp; probed first of all, and while evaluation has left parameters gathered."""
     rows = sets[0]["up"]
@@ -147,6 +164,7 @@ def under_fsdp(fresh: nn.Module, sets: Sets, policy: MixedPrecisionPolicy) -> di
         parameter.requires_grad and parameter.grad is None and hasattr(parameter, "to_local")
         for parameter in model.parameters()
     )
+    unchanged = unchanged and stays_sharded(model, sets)
     layer = model.model.layers[0].mlp
     expected = train(plain, rows, partial(evaluate, plain, rows), nothing)
 
