@@ -7,7 +7,7 @@ an allocator's waste and, on a GPU, CUDA's context come on top.
 
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -187,7 +187,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
             outer = None
             if MIXERS[config.mixing.method].needs_influence:
                 outer = _outer_step(model, config, sizes, processes, timed=machine is not None)
-                phases += _outer_phases(model, outer, sizes, machine, max(steps, 1))
+                phases += _outer_phases(_weights(model, _shards(config, processes)), outer, machine, max(steps, 1))
     except UserError:
         raise
     except Exception as error:
@@ -224,6 +224,11 @@ def _compute_dtype(config: Config) -> torch.dtype:
     return config.train.compute_dtype or DTYPES[config.model.dtype]
 
 
+def _shards(config: Config, processes: int) -> int:
+    """Among how many processes the weights are split."""
+    return processes if config.train.arguments.get("fsdp") else 1
+
+
 def _vocabulary(model: torch.nn.Module) -> int:
     return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
@@ -256,22 +261,28 @@ def _training(
     given = config.train.arguments
     rows = given.get("per_device_train_batch_size", min(8, config.train.global_batch_size))
     accumulation = accumulation_steps(config, rows, processes)
-    sharded = bool(given.get("fsdp")) and processes > 1
-    if given.get("gradient_checkpointing") or (given.get("fsdp_config") or {}).get("activation_checkpointing"):
-        model.gradient_checkpointing_enable(given.get("gradient_checkpointing_kwargs"))  # type: ignore[operator]
+    shards = _shards(config, processes)
+    names = ("activation_checkpointing", "gradient_checkpointing")  # the second is the first's old name
+    if any(given.get(name) for name in names) or (given.get("fsdp_config") or {}).get(names[0]):
+        options = dict(given.get(f"{names[0]}_kwargs") or given.get(f"{names[1]}_kwargs") or {})
+        every = options.pop("every_n_layers", 1)
+        options.pop("offload", None)
+        model.activation_checkpointing_enable(options or None, every_n_layers=every)  # type: ignore[operator]
     model.train()
     lengths = sizes.lengths
     # The gradients of the first micro-batch are there during all that follow.
     run = partial(_steps, model, rows, amp=bool(given.get("bf16")))
     footprint = run(int(lengths.max()), min(accumulation, 2))
-    memory = footprint.peaks(without="gradients" if sharded else "")[""]
-    memory = _held_in_training(model, config, processes if sharded else 1, processes > 1) | memory
+    memory = footprint.peaks(without="gradients" if shards > 1 else "")[""]
+    memory = _held_in_training(model, config, shards, processes > 1) | memory
     work = Work()
     if machine:
-        typical = _mean_longest(lengths, rows)
-        work = run(math.ceil(typical), 1).work[""].times(plan.steps * accumulation)
+        typical, count = math.ceil(_mean_longest(lengths, rows)), min(accumulation, 2)
+        if typical < lengths.max():
+            footprint, count = run(typical, 1), 1
+        work = footprint.work[""].times(plan.steps * accumulation / count)
         weights = _bytes(p for p in model.parameters() if p.requires_grad)
-        work += Work(moved=UPDATE_PASSES * weights * plan.steps / (processes if sharded else 1))
+        work += Work(moved=UPDATE_PASSES * weights * plan.steps / shards)
     sequences = plan.steps * config.train.global_batch_size
     return Phase(TRAINING, memory, work, loops, sequences, plan.epochs, _seconds(machine, work))
 
@@ -310,25 +321,39 @@ def _loss(model: torch.nn.Module, rows: int, length: int, amp: bool) -> torch.Te
 
 def _held_in_training(model: torch.nn.Module, config: Config, shards: int, several: bool) -> dict[str, int]:
     """Weights and what goes with them, bytes per process."""
-    weights, trained = _bytes(model.parameters()), _bytes(p for p in model.parameters() if p.requires_grad)
+    trained = _bytes(p for p in model.parameters() if p.requires_grad)
     name = str(config.train.arguments.get("optim", "adamw"))
     moments = next((factor for part, factor in MOMENTS.items() if part in name), 2.0)
-    held = {"weights": weights // shards, "optimizer": int(moments * trained) // shards}
+    narrow = _compute_dtype(config).itemsize / DTYPES[config.model.dtype].itemsize
+    held = _weights(model, shards, narrow) | {"optimizer": int(moments * trained) // shards}
     if shards > 1:
-        # FSDP holds two blocks' weights whole at a time, and one's gradients; the root's (embeddings, head) all along.
-        blocks = [_bytes(block.parameters()) for block in _blocks(model)]
-        root, largest = weights - sum(blocks), max(blocks, default=0)
-        narrow = _compute_dtype(config).itemsize / DTYPES[config.model.dtype].itemsize
-        held |= {"gathered": int(narrow * (root + 2 * largest)), "gradients": trained // shards + int(narrow * largest)}
+        held["gradients"] = trained // shards + int(narrow * _largest_block(model))
     elif several:
         held["buckets"] = trained  # DDP's copies of all gradients
     return held
 
 
-def _blocks(model: torch.nn.Module) -> Sequence[torch.nn.Module]:
-    """The model's repeated blocks."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda blocks: sum(_bytes(block.parameters()) for block in blocks), default=[])
+def _weights(model: torch.nn.Module, shards: int, narrow: float = 1.0) -> dict[str, int]:
+    """The weights of one process, bytes.
+
+    Where FSDP2 shards them, a block's are gathered while it runs and the next block's meanwhile, with a copy on the
+    way; what is in no block (embeddings, head) stays whole. `narrow`: size in computation / size as held.
+    """
+    whole = _bytes(model.parameters())
+    if shards == 1:
+        return {"weights": whole}
+    outside = whole - sum(_bytes(block.parameters()) for block in _blocks(model))
+    return {"weights": whole // shards, "gathered": int(narrow * (outside + 3 * _largest_block(model)))}
+
+
+def _largest_block(model: torch.nn.Module) -> int:
+    return max((_bytes(block.parameters()) for block in _blocks(model)), default=0)
+
+
+def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The modules that FSDP shards one by one."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def _mean_longest(lengths: np.ndarray, rows: int) -> float:
@@ -358,7 +383,7 @@ def _evaluation(
             _loss(model, rows, length, amp=False)
         return footprint
 
-    memory = {"weights": _bytes(model.parameters())} | run(int(lengths.max())).peaks()[""]
+    memory = _weights(model, _shards(config, processes)) | run(int(lengths.max())).peaks()[""]
     work = Work()
     if machine:
         typical = round(lengths.mean())
@@ -375,10 +400,7 @@ def _outer_step(model: torch.nn.Module, config: Config, sizes: DataSizes, proces
     return rehearse(model, training, reference, config.influence, processes, vocabulary=_vocabulary(model), timed=timed)
 
 
-def _outer_phases(
-    model: torch.nn.Module, outer: Rehearsal, sizes: DataSizes, machine: Machine | None, steps: int
-) -> list[Phase]:
-    weights = {"weights": _bytes(model.parameters())}
+def _outer_phases(weights: dict[str, int], outer: Rehearsal, machine: Machine | None, steps: int) -> list[Phase]:
     return [
         Phase(
             name,

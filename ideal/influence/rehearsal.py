@@ -159,6 +159,7 @@ class _RehearsedPasses(Passes):
         self.runs: dict[str, int] = defaultdict(int)
         # What was found, by what was run: equal parts are run once.
         self.known: dict[Any, tuple[dict[str, int], Work]] = {}
+        self.typical: dict[Any, Work] = {}
 
     def run(
         self,
@@ -174,8 +175,7 @@ class _RehearsedPasses(Passes):
             return
         self.sequences[description] += sum(len(chosen.rows) for chosen in sets)
         self.runs[description] += 1
-        shapes = tuple((group.width, *group.outputs.values(), self.owners[group.name] == rank()) for group in groups)
-        key = description, shapes, tuple(len(chosen.rows) for chosen in sets)
+        key = description, self._shapes(groups), tuple(len(chosen.rows) for chosen in sets)
         with self.timed(description):
             if key in self.known:
                 peak, work = self.known[key]
@@ -224,20 +224,26 @@ class _RehearsedPasses(Passes):
         sampled: Sequence[Accumulator],
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
-        phase = self.footprint.phase
-        before, self.footprint.phase = self.footprint.work[phase], TYPICAL
-        plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
         lengths = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in sets]).astype(float)
-        picked = _typical(sets, float(lengths.mean()), self._share)
-        self._step(tracker, sets, picked, plain, sampled)
-        step = sets[picked[0]].examples.positions[sets[picked[0]].rows[list(picked[1])]].astype(float)
-        work = self.footprint.work.pop(TYPICAL).times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
-        self.footprint.phase = phase
-        self.footprint.work[phase] = before
+        plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
+        number, places = _typical(sets, float(lengths.mean()), self._share)
+        step = sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
+        # Parts of the layers differ in what is summed, seldom in how long their sequences are.
+        key = tuple(map(type, [*plain, *sampled])), self._shapes(tracker.groups), tuple(step)
+        if key not in self.typical:
+            before, self.footprint.phase = self.footprint.phase, TYPICAL
+            self._step(tracker, sets, (number, places), plain, sampled)
+            self.footprint.phase = before
+            self.typical[key] = self.footprint.work.pop(TYPICAL)
+        work = self.typical[key].times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
         for accumulator in true:
             if isinstance(accumulator, Scores):
                 work += _scoring(accumulator, float(lengths.mean()))
         return work
+
+    def _shapes(self, groups: Sequence[Group]) -> tuple[tuple[int, ...], ...]:
+        """What decides how much a pass holds and computes at these layers."""
+        return tuple((g.width, *g.outputs.values(), int(self.owners[g.name] == rank())) for g in groups)
 
     @property
     def _share(self) -> int:

@@ -1,0 +1,272 @@
+"""The plan beside what real processes take, and what it says of what is not there."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import miniature
+import numpy as np
+import peaks
+import pytest
+import torch
+from peaks import Task, make_set
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+from ideal.config import validate
+from ideal.distributed import rehearsed, world_size
+from ideal.errors import UserError
+from ideal.footprint import Footprint, fake
+from ideal.influence import DomainSample
+from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
+from ideal.plan import CannotPlan, Counts, DataSizes, Plan, _mean_longest, long_text, make_plan
+from main import ARGUMENTS
+
+ROOT = Path(__file__).parents[1]
+SMOLLM2 = Path(os.environ.get("SMOLLM2", "/tmp/smollm2"))
+TOLERANCE = 0.15
+"""Of the measured peak, as issue 3 asks. What the plan cannot see: kernels' own workspaces, the allocator's waste."""
+TRAINING = {"global_batch_size": 8, "per_device_train_batch_size": 4, "use_cpu": True, "num_train_epochs": 1,
+            "disable_tqdm": True}  # fmt: skip
+
+
+def random_shape(draw: random.Random) -> dict[str, int]:
+    """A Llama of proportions of its own, with 100 to 400 MB for its parts to show beside the interpreter's noise."""
+    heads = draw.choice([2, 4, 6, 8])
+    hidden = heads * draw.choice([32, 48, 64])
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(hidden * draw.uniform(1.5, 4.5)) // 8 * 8,
+        "num_hidden_layers": draw.randint(2, 6),
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // draw.choice([1, 2]),
+        "vocab_size": draw.choice([2000, 6000, 12000, 20000]),
+    }
+
+
+def random_task(seed: int) -> Task:
+    """Sizes that no one has chosen."""
+    draw = random.Random(seed)
+    return Task(
+        model=random_shape(draw),
+        domains={name: draw.randint(8, 20) for name in ("a", "bb", "ccc")[: draw.randint(2, 3)]},
+        references={name: draw.randint(6, 12) for name in ("r", "ss")[: draw.randint(1, 2)]},
+        length=draw.choice([96, 128, 192]),
+        arguments=TRAINING,
+        influence={"batch_size": draw.choice([4, 8])},
+    )
+
+
+def sizes_of(task: Task) -> DataSizes:
+    """What the plan is told of the task's data."""
+    pools = {name: make_set(name, rows, task.length, 100) for name, rows in task.domains.items()}
+    references = {name: make_set(name, rows, task.length, 100) for name, rows in task.references.items()}
+    return DataSizes.of(pools, {name: np.ones(len(pool), dtype=int) for name, pool in pools.items()}, references, {})
+
+
+def planned(task: Task, processes: int) -> Plan:
+    """The plan of a run on the task's data."""
+    config = validate({"train": task.arguments, "influence": task.influence})
+    shape = AutoConfig.from_pretrained(task.model) if isinstance(task.model, str) else LlamaConfig(**task.model)
+    return make_plan(config, sizes_of(task), processes, None, shape)
+
+
+def measured(task: Task, phase: str, processes: int, folder: Path) -> int:
+    """The highest peak of any process above its base, bytes."""
+    folder.mkdir(parents=True)
+    (folder / "task.json").write_text(json.dumps(asdict(task)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "peaks.py"), phase, str(folder)]
+    environment = {**os.environ, **peaks.ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = [json.loads(path.read_text()) for path in folder.glob("rank*.json")]
+    assert len(found) == processes
+    return max(one["peak"] - one["base"] for one in found)
+
+
+def compare(task: Task, phase: str, processes: int, folder: Path) -> None:
+    """Asserts that the plan is within TOLERANCE of the measurement, and says both."""
+    plan = planned(task, processes)
+    names = ["training"] if phase == "training" else [one.name for one in plan.outer]
+    expected, found = plan.peak_of(*names), measured(task, phase, processes, folder)
+    print(f"{phase}, {processes} process(es), {task}: planned {expected / 1e6:.1f} MB, measured {found / 1e6:.1f} MB")
+    assert abs(expected / found - 1) <= TOLERANCE
+
+
+@pytest.mark.parametrize("phase", ["training", "influence"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_peaks_of_random_shapes(phase, number, tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")  # pytest shows it where the test fails
+    task = random_task(seed)
+    for processes in (1, 2):
+        compare(task, phase, processes, tmp_path / str(processes))
+
+
+@pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="no SmolLM2 at $SMOLLM2")
+@pytest.mark.skipif("SMOLLM2" not in os.environ, reason="ten minutes: set SMOLLM2=FOLDER")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("phase", ["training", "influence"])
+def test_peaks_of_smollm2(phase, processes, tmp_path):
+    task = Task(str(SMOLLM2), {"a": 12, "bb": 16}, {"c": 8}, 128, TRAINING, {"batch_size": 4})
+    compare(task, phase, processes, tmp_path / "out")
+
+
+# The footprint, against sums by hand
+
+
+def test_live_bytes_and_flops_by_hand():
+    with fake():
+        weight = torch.zeros(30, 20)
+        with Footprint(lambda tensor: "wide" if tensor.shape[-1] == 30 else "other") as footprint:
+            x = torch.zeros(50, 20)
+            y = x @ weight.mT
+            del x
+            z = y + 1.0
+            del y, z
+    # x and y, then y and z: the second pair is larger.
+    assert footprint.peaks()[""] == {"other": 0, "wide": 2 * 50 * 30 * 4}
+    assert footprint.work[""].wide == 2 * 50 * 20 * 30
+    assert footprint.work[""].moved == 4 * (50 * 20 + 2 * 50 * 30)  # zeros writes, + reads and writes
+
+
+def test_a_kind_can_be_left_out_and_phases_are_apart():
+    with fake(), Footprint(lambda tensor: str(tensor.ndim)) as footprint:
+        footprint.phase = "first"
+        kept = torch.zeros(1000)
+        footprint.phase = "second"
+        square = torch.zeros(100, 100)
+        footprint.rename(kept, "kept")
+        del square
+        footprint.passing({"workspace": 50})
+    assert footprint.peaks() == {"first": {"kept": 4000}, "second": {"kept": 4000, "2": 40000}}
+    assert footprint.peaks(without="2")["second"] == {"kept": 4000, "workspace": 50}
+
+
+def test_checks_of_values_pass_and_eigenvectors_have_their_shape():
+    with fake(), Footprint(lambda tensor: "any") as footprint:
+        values, vectors = torch.linalg.eigh(torch.zeros(40, 40, dtype=torch.float64))
+        assert bool(vectors.isfinite().all()) and values.numpy().tolist() == [1.0] * 40
+    assert vectors.shape == (40, 40) and footprint.work[""].eigen == 40**3
+
+
+def test_a_rehearsed_rank_is_one_of_many():
+    assert world_size() == 1
+    with rehearsed(3, 8):
+        assert world_size() == 8
+    assert world_size() == 1
+
+
+# What the plan says
+
+
+MLP = peaks.TINY["hidden_size"] * peaks.TINY["intermediate_size"]
+
+
+def block_weights() -> int:
+    """Weights of tiny_plan's four blocks, but for norms."""
+    hidden, heads = peaks.TINY["hidden_size"], peaks.TINY["num_attention_heads"]
+    return 4 * (3 * MLP + 2 * hidden * (hidden + hidden // heads * peaks.TINY["num_key_value_heads"]))
+
+
+def tiny_plan(processes: int = 1, machine: Machine | None = None, **keys: Any) -> Plan:
+    shape = LlamaConfig(**{**peaks.TINY, "num_hidden_layers": 4})
+    rows = Counts(np.full(40, 64), np.full(40, 48))
+    sizes = DataSizes({name: DomainSample(rows, np.ones(40, dtype=int)) for name in "ab"}, {"r": rows})
+    tree = {"train": {"global_batch_size": 16, "per_device_train_batch_size": 4}}
+    for key, value in keys.items():
+        group, name = key.split("__")
+        tree.setdefault(group, {})[name] = value
+    return make_plan(validate(tree), sizes, processes, machine, shape)
+
+
+def test_training_holds_weights_moments_and_buckets():
+    alone, two = (tiny_plan(processes).phases[0].memory for processes in (1, 2))
+    assert alone["optimizer"] == 2 * alone["weights"] and "buckets" not in alone
+    assert two["buckets"] == two["weights"]
+    sharded = tiny_plan(4, train__fsdp=True).phases[0].memory
+    assert sharded["weights"] == alone["weights"] // 4 and sharded["optimizer"] == alone["optimizer"] // 4
+    assert tiny_plan(train__optim="sgd").phases[0].memory["optimizer"] == 0
+
+
+def test_checkpointing_takes_fewer_activations_and_more_flops():
+    plain = tiny_plan(machine=DEVICES["h100"]).phases[0]
+    frugal = tiny_plan(machine=DEVICES["h100"], train__gradient_checkpointing=True).phases[0]
+    assert frugal.memory["activations"] < 0.7 * plain.memory["activations"]
+    # The blocks' forward once more, but for down's: nothing needs its output.
+    assert frugal.work.wide - plain.work.wide == 2 * (block_weights() - 4 * MLP) * 15 * 16 * 64
+
+
+def test_statistics_are_split_among_owners_and_parts():
+    def held(plan: Plan) -> int:
+        return max(p.memory.get("factors", 0) + p.memory.get("gradients", 0) for p in plan.outer)
+
+    whole = tiny_plan()
+    assert whole.outer_parts == (1, 1) and not whole.streamed
+    assert held(tiny_plan(4)) == pytest.approx(held(whole) / 4, rel=0.25)
+    parts = tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9)
+    assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.streamed)
+    # The budget is for what is kept; the sums of a pass come and go in the same room.
+    assert held(parts) <= 1.2 * held(whole) / 3
+
+
+def test_work_is_that_of_six_flops_per_weight_and_token():
+    """Forward and backward are 6 FLOPs per weight and token; frozen, 4, and the statistics on top."""
+    plan = tiny_plan(machine=DEVICES["h100"])
+    weights = block_weights() + peaks.TINY["hidden_size"] * peaks.TINY["vocab_size"]
+    tokens = plan.round.steps * 16 * 64
+    assert plan.phases[0].work.wide == pytest.approx(6 * weights * tokens, rel=1e-6)
+    frozen = next(phase for phase in plan.outer if phase.name == "covariances")
+    assert frozen.work.wide > 3.5 * block_weights() * 80 * 63
+
+
+def test_mean_longest_is_that_of_random_batches():
+    lengths = np.random.default_rng(0).integers(5, 400, 60)
+    drawn = np.random.default_rng(1).choice(lengths, (20000, 4)).max(axis=1)
+    # The mean of 20,000 maxima of spread about 80 is within 2.3 (4 standard errors) of the expectation.
+    assert _mean_longest(lengths, 4) == pytest.approx(drawn.mean(), abs=2.3)
+
+
+def test_time_adds_up():
+    plan = tiny_plan(machine=Machine("x", wide=1e9, narrow=1e9, moved=1e9, eigen=1e-9, memory=10.0))
+    phase = plan.phases[0]
+    assert phase.seconds == pytest.approx((phase.work.flops + phase.work.moved) / 1e9)
+    assert plan.seconds == pytest.approx(sum(phase.seconds * phase.times for phase in plan.phases))
+    assert [phase.times for phase in plan.phases[:3]] == [3, 4, 2]  # inner loops, evaluations, outer steps
+    rows = Counts(np.full(40, 64), np.full(40, 48))
+    sizes = DataSizes({"a": DomainSample(rows, np.ones(40, dtype=int))}, {"r": rows})
+    assert "does NOT fit 0.0 MB" in long_text(validate({}), sizes, plan)
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="train.global_batch_size: 16 is not a multiple"):
+        tiny_plan(3)
+    with pytest.raises(UserError, match="influence.layers"):
+        tiny_plan(influence__layers=["nothing"])
+    with pytest.raises(UserError, match="influence.memory_budget"):
+        tiny_plan(influence__memory_budget=1e-9)
+    with pytest.raises(CannotPlan, match="without its weights"):
+        make_plan(validate({}), sizes_of(random_task(0)), 1, None, PretrainedConfig())
+
+
+def test_flops_given_by_hand():
+    machine = machine_of(PlanConfig(device="a100", flops=1e12))
+    assert (machine.wide, machine.narrow, machine.memory) == (1e12, 1e12, 80e9)
+
+
+def test_stage_plan_writes_nothing(tmp_path, capsys):
+    from ideal.cli import main
+
+    data = miniature.make_data(tmp_path / "data")
+    words = miniature.arguments(data, tmp_path / "run")
+    assert main(ARGUMENTS, [*words, "--stage", "plan", "--plan.processes", "2", "--plan.device", "h100"]) == 0
+    out = capsys.readouterr().out
+    assert "2 process(es), each on H100" in out and "covariances" in out and "buckets" in out
+    assert not (tmp_path / "run").exists()
+    assert main(ARGUMENTS, [*words, "--stage", "plan", "--plan.device", "abacus"]) == 2
+    assert "plan.device" in capsys.readouterr().err
