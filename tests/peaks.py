@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ideal.demo import BASE_MODEL
 from ideal.distributed import rank
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence
 from ideal.mixture import build_mixture
-from ideal.model import ModelConfig
+from ideal.model import ModelConfig, shard
 from ideal.training import TrainConfig, train, training_arguments
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -104,9 +105,11 @@ def run_training(task: Task, model: Path, out: Path) -> None:
     )
 
 
-def run_influence(task: Task, model: Path, out: Path) -> dict[str, float]:
+def run_influence(task: Task, model: Path, out: Path, sharded: bool = False) -> dict[str, float]:
     """An outer step as the program runs it; seconds per phase."""
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if sharded:
+        shard(loaded, torch.device("cpu"))
     vocabulary = loaded.config.vocab_size
     domains = {
         name: DomainSample(make_set(name, rows, task.length, vocabulary), np.ones(rows, dtype=int))
@@ -116,7 +119,7 @@ def run_influence(task: Task, model: Path, out: Path) -> dict[str, float]:
     return compute_influence(loaded, domains, references, InfluenceConfig(**task.influence), 0).seconds
 
 
-RUN = {"training": run_training, "influence": run_influence}
+RUN = {"training": run_training, "influence": run_influence, "sharded": partial(run_influence, sharded=True)}
 
 
 def resident(field: str) -> int:
