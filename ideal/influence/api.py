@@ -108,10 +108,12 @@ def _config(options: dict[str, Any]) -> InfluenceConfig:
 
 def _of_objective(weights: Mapping[str, float] | None, references: Mapping[str, Any]) -> list[float] | None:
     """[R] the weights, of sum 1."""
+    if not references:
+        raise UserError("influence_of: references is empty; the influence is on a reference set's loss")
     if weights is None:
         return None
     if set(weights) != set(references) or min(weights.values()) < 0 or not sum(weights.values()):
-        raise UserError(f"influence_of: weights {dict(weights)} must be positive and of {', '.join(references)}")
+        raise UserError(f"influence_of: weights {dict(weights)} must not be negative, and of {', '.join(references)}")
     return [weights[name] / sum(weights.values()) for name in references]
 
 

@@ -29,7 +29,7 @@ class InfluenceConfig:
     """Part of the mixture's rows used (sigma), drawn per domain; at least 32 rows of each, or all. auto: as
     many as it takes until alpha's direction is known to 10%."""
     factor_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Part of these rows that the curvature is estimated on; at least 32 rows of each domain, and eight
+    """Part of these rows that the curvature is estimated on; at least 320 rows of each domain, and eight
     positions for each dimension of the widest layer, or all."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.

@@ -161,7 +161,11 @@ class _Engine:
             )
         self.widest = max(max(group.width, *group.outputs.values()) for group in self.groups)
         # auto starts with as few as the factors can do with, and their gradients' errors with as many again.
-        self.factors = factor_parts(self.pools, 0.0 if self.auto else self.config.factor_fraction, self.widest)
+        self.factors = (
+            factor_parts(self.pools, 0.0, self.widest, LEAST_SEQUENCES)
+            if self.config.sample_fraction == "auto"
+            else factor_parts(self.pools, self.config.factor_fraction, self.widest)
+        )
         self.training = self.pools
         if self.auto:
             self.training = [
@@ -366,7 +370,7 @@ class _Engine:
     def _double_factors(self) -> bool:
         """Takes twice as many sequences for the curvature; whether there were more."""
         before = sum(len(chosen.rows) for chosen in self.factors)
-        self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest)
+        self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest, 1)
         return sum(len(chosen.rows) for chosen in self.factors) > before
 
     def _take(self, wanted: list[int]) -> None:

@@ -10,7 +10,10 @@ import numpy as np
 from ideal.seeding import generator
 
 LEAST_SEQUENCES = 32
-"""A domain is never sampled down to fewer sequences than this, neither for gradients nor for factors."""
+"""A domain is never sampled down to fewer sequences than this."""
+FACTOR_SEQUENCES = 320
+"""A part of the sequences that the curvature is estimated on holds at least so many of each domain. With 32 of 100,
+SmolLM2's matrix came out 1.25 times too large (docs/performance.md); the excess falls as one over their number."""
 POSITIONS_PER_DIMENSION = 8
 """Positions that a factor of k x k entries is estimated on, at least, as multiples of k."""
 
@@ -116,18 +119,22 @@ def whole_reference(name: str, examples: Examples) -> SequenceSet:
     return SequenceSet(name, examples, rows, np.ones(len(rows)), float(tokens.sum()), None, np.arange(len(rows)))
 
 
-def factor_parts(training: Sequence[SequenceSet], fraction: float, widest: int) -> list[SequenceSet]:
+def factor_parts(
+    training: Sequence[SequenceSet], fraction: float, widest: int, least: int | None = None
+) -> list[SequenceSet]:
     """The first `fraction` of every domain's sequences, or more where that is too little for the factors.
 
     Args:
         training: the domains' sequences, in random order.
         fraction: of the sequences, in (0, 1].
         widest: the largest dimension of a factor.
+        least: sequences of each domain, if it has them; None: FACTOR_SEQUENCES.
     """
+    least = FACTOR_SEQUENCES if least is None else least
     positions = sum(float(chosen.examples.positions[chosen.rows].sum()) for chosen in training)
     fraction = max(fraction, POSITIONS_PER_DIMENSION * widest / max(positions, 1.0))
     return [
-        chosen.part(np.arange(min(len(chosen.rows), max(LEAST_SEQUENCES, math.ceil(fraction * len(chosen.rows))))))
+        chosen.part(np.arange(min(len(chosen.rows), max(least, math.ceil(fraction * len(chosen.rows))))))
         .rescaled()
         for chosen in training
     ]  # fmt: skip

@@ -47,7 +47,7 @@ def part_of(world, fraction, seed=0):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    monkeypatch.setattr(samples, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(samples, "FACTOR_SEQUENCES", 1)
     monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
 
 
@@ -74,7 +74,7 @@ def test_sampled_labels_in_a_part(world, unbounded):
 
 def test_the_widest_layer_asks_for_positions(world, monkeypatch):
     """Eight for each of 24 dimensions, whatever the fraction."""
-    monkeypatch.setattr(samples, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(samples, "FACTOR_SEQUENCES", 1)
     found = influence(world, factor_fraction=1e-3)
     positions = 0
     for name, domain in world.domains.items():

@@ -4,13 +4,14 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from tiny import World, tiny_llama
 from torch.distributed.fsdp import fully_shard
 
-from ideal.influence import Influence, InfluenceConfig, compute_influence, statistics
+from ideal.influence import Influence, InfluenceConfig, compute_influence, samples, statistics
 
 BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.7, error_sequences=11)
 CASES = {
@@ -28,7 +29,8 @@ CASES = {
 
 
 def compute(world: World, case: str) -> Influence:
-    return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
+    with patch.object(samples, "FACTOR_SEQUENCES", 8):
+        return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
 
 
 def main(folder: Path) -> None:
