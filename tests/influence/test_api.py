@@ -389,6 +389,13 @@ def test_what_does_not_fit_is_named(world, given, message):
     assert list(picture(world.model)) == before
 
 
+def test_empty_mappings_are_named(world):
+    with pytest.raises(UserError, match="references is empty"):
+        influence_of(world.model, {"math": [batch()]}, {})
+    with pytest.raises(UserError, match="the mixture has no trained token"):
+        influence_of(world.model, {}, {"gsm8k": [batch()]})
+
+
 def test_wrong_options_are_named(world):
     with pytest.raises(UserError, match=r"damping=-1: "):
         influence_of(world.model, {"math": [batch()]}, {"gsm8k": [batch()]}, damping=-1)
@@ -403,7 +410,7 @@ def test_weights_are_of_the_capabilities(world, rows, monkeypatch):
     probe(world.model, rows)
     assert given == [[0.25, 0.75], None], "in the references' order, of sum 1"
     for wrong in ({"up": 1}, {"up": 1, "either": -1}, {"up": 0, "either": 0}, {"up": 1, "either": 1, "more": 1}):
-        with pytest.raises(UserError, match="weights .* must be positive and of up, either"):
+        with pytest.raises(UserError, match="weights .* must not be negative, and of up, either"):
             probe(world.model, rows, weights=wrong)
 
 
