@@ -88,6 +88,8 @@ def compute_influence(
 def _check(pools: list[SequenceSet], reference: list[SequenceSet], config: InfluenceConfig) -> None:
     if not sum(domain.total for domain in pools):
         raise UserError("influence: the mixture has no trained token")
+    if not reference:
+        raise UserError("influence: there is no reference set")
     for capability in reference:
         if not capability.total:
             raise UserError(f"influence: the reference set of {capability.name!r} has no trained token")

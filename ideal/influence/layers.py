@@ -83,7 +83,7 @@ def shared_inputs(model: nn.Module, layers: dict[str, nn.Linear], input_ids: Ten
         input_ids: [1, any] tokens to run the model on. A layer that does not run is a group of its own.
 
     Raises:
-        UserError: a layer runs more than once in one forward pass.
+        UserError: a layer runs more than once in one forward pass, or none runs at all.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -101,6 +101,11 @@ def shared_inputs(model: nn.Module, layers: dict[str, nn.Linear], input_ids: Ten
     finally:
         for handle in handles:
             handle.remove()
+    if not inputs:
+        raise UserError(
+            f"influence.layers: none of the {len(layers)} tracked layers takes part in a forward pass"
+            " (are the adapters merged or disabled?)"
+        )
     groups: dict[int, dict[str, nn.Linear]] = {}
     for number, (name, layer) in enumerate(layers.items()):
         # The tensors are kept in `inputs`, so an identity stands for one tensor; -1 - number for none.

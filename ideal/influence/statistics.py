@@ -362,7 +362,8 @@ class Tracker:
         """Hooks on the tracked layers, for as long as it lasts."""
         handles = [layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if head is not None and not any(head is layer for layer in self.layers.values()):
+        tracked = set(self.layers.values())
+        if head is not None and tracked.isdisjoint(head.modules()):
             handles.append(head.register_forward_pre_hook(self._select))
         try:
             yield

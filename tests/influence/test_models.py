@@ -74,7 +74,6 @@ def test_every_layer_is_the_dense_inverse(kind):
         assert worst(influence(world, layers=patterns, factors=curvature), expected) < tolerance
 
 
-@pytest.mark.xfail(raises=UserError, strict=True, reason="only the output layer itself makes them whole")
 def test_adapters_of_the_output_layer():
     """Logits are computed at every position then, as for a tracked output layer."""
     world = world_of(adapted(llama, ["lm_head", "down_proj"]))

@@ -18,6 +18,7 @@ from tiny import (
     weights_of,
 )
 
+from ideal.errors import UserError
 from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, samples
 from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contributions, more_sequences
 from ideal.seeding import generator
@@ -212,3 +213,19 @@ def test_joint_solver_is_the_dense_joint_inverse(world, monkeypatch):
     assert difference(found.matrix, joint_matrix(world, names, damping)) < 1e-6
     assert difference(found.matrix, influence(world, **options).matrix) > 0.05
     assert found.solver["iterations"] == len(found.solver["residuals"]) > 20
+
+
+# Nothing to work on
+
+
+def test_layers_that_never_run_are_refused(world, monkeypatch):
+    """Such as adapters that were merged or disabled: a matrix of zeros would look like an answer."""
+    mlp = world.model.model.layers[0].mlp
+    monkeypatch.setattr(mlp, "forward", lambda x: x)
+    with pytest.raises(UserError, match="none of the 3 tracked layers takes part"):
+        influence(world)
+
+
+def test_no_reference_set_is_refused(world):
+    with pytest.raises(UserError, match="there is no reference set"):
+        influence(World(world.model, world.domains, {}))
