@@ -428,7 +428,13 @@ def test_model_is_left_as_it_was():
     model, layers = case("gradient checkpointing")
     model.train()
     before = state_of(model)
-    solved(model, layers, some_batches(some_rows()), right_hand_sides(layers), iterations=1)
+    with frozen(model):
+        # Also for the passes that come after it under the same `frozen`, which may want their checkpointing.
+        inside = state_of(model)
+        curvature, damping = preconditioner(layers)
+        gradients = split(right_hand_sides(layers), layers)
+        solve_joint(model, layers, lambda: some_batches(some_rows()), gradients, curvature, damping, TOKENS, 1, 0.0)
+        assert state_of(model) == inside
     assert state_of(model) == before
 
     handle = model.model.norm.register_forward_hook(lambda module, args, output: _Opaque.apply(output))
