@@ -56,7 +56,7 @@ class JointSolution:
     """[iterations][K] after each iteration, sqrt(r^T P r / g^T P g) with P the preconditioner's inverse; 0 for a
     right-hand side that is zero. Near the solution's relative error in the norm of H + D as long as EK-FAC is near
     H: on trained tiny networks .05 went with a cosine of .9995 to the exact influence matrix. Where training data
-    are memorised the empirical Fisher is far below H (a tenth), residuals fall slowly; the sampled one may do better."""
+    are memorised the empirical Fisher is far below H (a tenth), residuals fall slowly."""
 
 
 def solve_joint(
