@@ -33,7 +33,7 @@ class Work:
     wide: float = 0.0
     """FLOPs of products of float32 or wider."""
     narrow: float = 0.0
-    """FLOPs of products of bfloat16 or float16."""
+    """FLOPs of products of bfloat16 or float16, or of float32 rounded to it on the way."""
     attention: float = 0.0
     """FLOPs of attention: in proportion to the lengths' squares, all else to the lengths."""
     moved: float = 0.0
@@ -138,7 +138,8 @@ class Footprint(TorchDispatchMode):
             work = Work(attention=_ATTENTION[packet](*args, **kwargs))
         elif packet in _PRODUCTS:
             flops = _PRODUCTS[packet](*args, **kwargs, out_val=result)
-            work = Work(narrow=flops) if given[0].element_size() == 2 else Work(wide=flops)
+            narrow = given[0].element_size() == 2 or torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+            work = Work(narrow=flops) if narrow else Work(wide=flops)
         elif packet is _aten._linalg_eigh:
             size = given[0].shape[-1]
             work = Work(eigen=float(size) ** 3)

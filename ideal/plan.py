@@ -7,7 +7,7 @@ an allocator's waste and, on a GPU, CUDA's context come on top.
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -178,7 +178,9 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
     loops, steps = (config.mixing.rounds + 1, config.mixing.rounds) if moves else (1, 0)
     try:
         with fake():
-            model = empty_model(config, shape, DTYPES[config.model.dtype])
+            # FSDP gathers weights in what is computed in; without it autocast copies them to that.
+            sharded = _shards(config, processes) > 1
+            model = empty_model(config, shape, _compute_dtype(config) if sharded else DTYPES[config.model.dtype])
             parameters = sum(p.numel() for p in model.parameters())
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             phases = [_training(model, config, sizes, plan, processes, machine, loops)]
@@ -187,7 +189,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
             outer = None
             if MIXERS[config.mixing.method].needs_influence:
                 outer = _outer_step(model, config, sizes, processes, timed=machine is not None)
-                phases += _outer_phases(_weights(model, _shards(config, processes)), outer, machine, max(steps, 1))
+                phases += _outer_phases(_computing_weights(model, config, processes), outer, machine, max(steps, 1))
     except UserError:
         raise
     except Exception as error:
@@ -241,8 +243,9 @@ def _seconds(machine: Machine | None, work: Work) -> float:
     return machine.seconds(work) if machine else math.nan
 
 
-def _bytes(tensors: Any) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+def _count(tensors: Iterable[torch.Tensor]) -> int:
+    """Numbers in them."""
+    return sum(tensor.numel() for tensor in tensors)
 
 
 # Training
@@ -281,8 +284,8 @@ def _training(
         if typical < lengths.max():
             footprint, count = run(typical, 1), 1
         work = footprint.work[""].times(plan.steps * accumulation / count)
-        weights = _bytes(p for p in model.parameters() if p.requires_grad)
-        work += Work(moved=UPDATE_PASSES * weights * plan.steps / shards)
+        trained = _count(p for p in model.parameters() if p.requires_grad)
+        work += Work(moved=UPDATE_PASSES * trained * DTYPES[config.model.dtype].itemsize * plan.steps / shards)
     sequences = plan.steps * config.train.global_batch_size
     return Phase(TRAINING, memory, work, loops, sequences, plan.epochs, _seconds(machine, work))
 
@@ -321,33 +324,34 @@ def _loss(model: torch.nn.Module, rows: int, length: int, amp: bool) -> torch.Te
 
 def _held_in_training(model: torch.nn.Module, config: Config, shards: int, several: bool) -> dict[str, int]:
     """Weights and what goes with them, bytes per process."""
-    trained = _bytes(p for p in model.parameters() if p.requires_grad)
+    held, computed = DTYPES[config.model.dtype].itemsize, _compute_dtype(config).itemsize
+    trained = held * _count(p for p in model.parameters() if p.requires_grad)
     name = str(config.train.arguments.get("optim", "adamw"))
     moments = next((factor for part, factor in MOMENTS.items() if part in name), 2.0)
-    narrow = _compute_dtype(config).itemsize / DTYPES[config.model.dtype].itemsize
-    held = _weights(model, shards, narrow) | {"optimizer": int(moments * trained) // shards}
+    found = _weights(model, shards, held, computed) | {"optimizer": int(moments * trained) // shards}
     if shards > 1:
-        held["gradients"] = trained // shards + int(narrow * _largest_block(model))
+        found["gradients"] = trained // shards + computed * _largest_block(model)
     elif several:
-        held["buckets"] = trained  # DDP's copies of all gradients
-    return held
+        found["buckets"] = trained  # DDP's copies of all gradients
+    return found
 
 
-def _weights(model: torch.nn.Module, shards: int, narrow: float = 1.0) -> dict[str, int]:
-    """The weights of one process, bytes.
+def _weights(model: torch.nn.Module, shards: int, held: int, computed: int) -> dict[str, int]:
+    """The weights of one process, bytes; held, computed: bytes of one as it is kept and in computation.
 
-    Where FSDP2 shards them, a block's are gathered while it runs and the next block's meanwhile, with a copy on the
-    way; what is in no block (embeddings, head) stays whole. `narrow`: size in computation / size as held.
+    Where FSDP2 shards them, a block's are gathered while it runs and the next block's meanwhile; what is in no block
+    (embeddings, head) stays whole. They are added to the peak of all else, which may fall when nothing is gathered.
     """
-    whole = _bytes(model.parameters())
+    whole = _count(model.parameters())
     if shards == 1:
-        return {"weights": whole}
-    outside = whole - sum(_bytes(block.parameters()) for block in _blocks(model))
-    return {"weights": whole // shards, "gathered": int(narrow * (outside + 3 * _largest_block(model)))}
+        return {"weights": held * whole}
+    outside = whole - sum(_count(block.parameters()) for block in _blocks(model))
+    return {"weights": held * whole // shards, "gathered": computed * (outside + 2 * _largest_block(model))}
 
 
 def _largest_block(model: torch.nn.Module) -> int:
-    return max((_bytes(block.parameters()) for block in _blocks(model)), default=0)
+    """Weights of the largest block."""
+    return max((_count(block.parameters()) for block in _blocks(model)), default=0)
 
 
 def _blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -383,13 +387,19 @@ def _evaluation(
             _loss(model, rows, length, amp=False)
         return footprint
 
-    memory = _weights(model, _shards(config, processes)) | run(int(lengths.max())).peaks()[""]
+    memory = _computing_weights(model, config, processes) | run(int(lengths.max())).peaks()[""]
     work = Work()
     if machine:
         typical = round(lengths.mean())
         work = run(typical).work[""].times(lengths.sum() / (rows * typical), (lengths**2).sum() / (rows * typical**2))
         work = work.times(1 / processes)
     return Phase(EVALUATION, memory, work, times, len(lengths), 1, _seconds(machine, work))
+
+
+def _computing_weights(model: torch.nn.Module, config: Config, processes: int) -> dict[str, int]:
+    """Those of a model that is not trained, held in what is computed in."""
+    size = _compute_dtype(config).itemsize
+    return _weights(model, _shards(config, processes), size, size)
 
 
 def _outer_step(model: torch.nn.Module, config: Config, sizes: DataSizes, processes: int, *, timed: bool) -> Rehearsal:

@@ -57,7 +57,9 @@ class Case:
             "fsdp": True,
             "fsdp_config": {"activation_checkpointing": True},
         }
-        influence = {"batch_size": 4, "memory_budget": self.budget, "product_dtype": "bfloat16", "spill": "cpu"}
+        # Activations of 80 blocks are kept for the backward pass.
+        batch = 1 if self.model == "llama-3.1-70b" else 4
+        influence = {"batch_size": batch, "memory_budget": self.budget, "product_dtype": "bfloat16", "spill": "cpu"}
         return validate({"train": train, "influence": influence, "evaluation": {"batch_size": 4}})
 
     def sizes(self) -> DataSizes:

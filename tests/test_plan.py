@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -89,14 +91,17 @@ def measured(task: Task, phase: str, processes: int, folder: Path) -> int:
     return max(one["peak"] - one["base"] for one in found)
 
 
-def compare(task: Task, phase: str, processes: int, folder: Path) -> None:
-    """Asserts that the plan is within TOLERANCE of the measurement, and says both."""
+def compare(task: Task, phase: str, processes: int, folder: Path, above: float = TOLERANCE) -> None:
+    """Asserts that the plan is at most TOLERANCE below the measurement and `above` above it, and says both."""
     # On a CPU the Trainer leaves train.fsdp aside; the model is sharded by hand there.
-    plan = planned(replace(task, arguments={**task.arguments, "fsdp": phase == "sharded"}), processes)
+    # In a process of its own, as a user's plan is: what earlier tests left in this one doubles the count.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        on_shards = replace(task, arguments={**task.arguments, "fsdp": phase == "sharded"})
+        plan = pool.submit(planned, on_shards, processes).result()
     names = ["training"] if phase == "training" else [one.name for one in plan.outer]
     expected, found = plan.peak_of(*names), measured(task, phase, processes, folder)
     print(f"{phase}, {processes} process(es), {task}: planned {expected / 1e6:.1f} MB, measured {found / 1e6:.1f} MB")
-    assert abs(expected / found - 1) <= TOLERANCE
+    assert 1 - TOLERANCE <= expected / found <= 1 + above
 
 
 @pytest.mark.parametrize("phase", ["training", "influence"])
@@ -112,7 +117,8 @@ def test_peaks_of_random_shapes(phase, number, tmp_path):
 def test_peak_of_a_sharded_outer_step(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
-    compare(random_task(seed), "sharded", 2, tmp_path / "out")
+    # What is gathered of the weights is added to the peak of all else, which may fall at another time.
+    compare(random_task(seed), "sharded", 2, tmp_path / "out", above=0.25)
 
 
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="no SmolLM2 at $SMOLLM2")

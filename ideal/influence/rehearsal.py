@@ -235,10 +235,10 @@ class _RehearsedPasses(Passes):
             self._step(tracker, sets, (number, places), plain, sampled)
             self.footprint.phase = before
             self.typical[key] = self.footprint.work.pop(TYPICAL)
-        work = self.typical[key].times(lengths.sum() / step.sum(), (lengths**2).sum() / (step**2).sum())
+        work = self.typical[key].times(float(lengths.sum() / step.sum()), float((lengths**2).sum() / (step**2).sum()))
         for accumulator in true:
             if isinstance(accumulator, Scores):
-                work += _scoring(accumulator, float(lengths.mean()))
+                work += _scoring(accumulator, float(lengths.mean()), self.config.product_dtype == "bfloat16")
         return work
 
     def _shapes(self, groups: Sequence[Group]) -> tuple[tuple[int, ...], ...]:
@@ -305,12 +305,12 @@ def _typical(sets: Sequence[SequenceSet], length: float, share: int) -> _Chosen:
     return number, tuple(np.argsort(distance, kind="stable")[:share].tolist())
 
 
-def _scoring(scores: Scores, length: float) -> Work:
+def _scoring(scores: Scores, length: float, narrow: bool) -> Work:
     """The work of scoring all picked sequences at this rank's layers: their gradients, and products with K of them."""
-    sequences = sum(len(picked) for picked in scores.picked)
     work = Work()
     for directions in scores.directions.values():
         count, outputs, inputs = directions.shape
         size = outputs * inputs
-        work += Work(wide=2.0 * size * (length + count), moved=16.0 * size)
-    return work.times(sequences)
+        gradient = Work(narrow=2.0 * size * length) if narrow else Work(wide=2.0 * size * length)
+        work += gradient + Work(wide=2.0 * size * count, moved=16.0 * size)
+    return work.times(sum(len(picked) for picked in scores.picked))
