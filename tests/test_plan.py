@@ -94,7 +94,7 @@ def measured(task: Task, phase: str, processes: int, folder: Path) -> int:
 def compare(task: Task, phase: str, processes: int, folder: Path, above: float = TOLERANCE) -> None:
     """Asserts that the plan is at most TOLERANCE below the measurement and `above` above it, and says both."""
     # On a CPU the Trainer leaves train.fsdp aside; the model is sharded by hand there.
-    # In a process of its own, as a user's plan is: what earlier tests left in this one doubles the count.
+    # In a process of its own, as a user's plan is: after the other tests' files, in one session, it came out double.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         on_shards = replace(task, arguments={**task.arguments, "fsdp": phase == "sharded"})
         plan = pool.submit(planned, on_shards, processes).result()
