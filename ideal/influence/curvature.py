@@ -61,14 +61,16 @@ class Curvatures:
         self,
         part: list[Group],
         factors: list[SequenceSet],
+        corrected: list[SequenceSet],
         gradients: dict[str, Tensor] | None = None,
         label: str = "",
     ) -> None:
         """Phases 1 to 3 for these layers; replaces an earlier estimate.
 
         Args:
-            factors: the sequences, [n], weighted so that they stand for the domains.
-            gradients: per owned layer [n, O, I]; takes up the sums of the sequences' gradients times their repeats.
+            factors: the covariances' sequences, [n], weighted so that they stand for the domains.
+            corrected: the eigenvalues', likewise.
+            gradients: per owned layer [n, O, I]; takes up the sums of `corrected`'s gradients times their repeats.
         """
         if self.config.factors == "identity":
             return
@@ -76,7 +78,7 @@ class Curvatures:
         if self.config.factors in ("ekfac", "kfac"):
             bases = self._eigenbases(part, factors, label)
         if self.config.factors in ("ekfac", "diagonal"):
-            self._correct_eigenvalues(part, factors, bases, gradients, label)
+            self._correct_eigenvalues(part, corrected, bases, gradients, label)
 
     def _eigenbases(self, part: list[Group], factors: list[SequenceSet], label: str) -> Bases:
         """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too."""
@@ -116,7 +118,7 @@ class Curvatures:
     def _correct_eigenvalues(
         self,
         part: list[Group],
-        factors: list[SequenceSet],
+        corrected: list[SequenceSet],
         bases: Bases,
         gradients: dict[str, Tensor] | None,
         label: str,
@@ -125,21 +127,21 @@ class Curvatures:
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
         accumulator = Eigenvalues(sums, bases, self.products, gradients)
-        self._run("eigenvalues", part, factors, [accumulator], label)
+        self._run("eigenvalues", part, corrected, [accumulator], label)
         for name, total in _consumed(sums):
             self.store.put("eigenvalues", name, total.div_(self.total))
         for name, rotated in (gradients or {}).items():
             basis_O, basis_I = bases[name]
             curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
-            for number, chosen in enumerate(factors):
+            for number, chosen in enumerate(corrected):
                 rotated[number] = curvature.rotate_back(rotated[number]) / (chosen.scale or 1.0)
 
     def _run(
-        self, description: str, part: list[Group], factors: list[SequenceSet], sums: list[Accumulator], label: str
+        self, description: str, part: list[Group], sets: list[SequenceSet], sums: list[Accumulator], label: str
     ) -> None:
         sums = [*sums, *self.first_positions.accumulators(part)]
         sampled = sums if self.config.fisher == "sampled" else []
-        self.passes.run(description, part, factors, [] if sampled else sums, sampled, label)
+        self.passes.run(description, part, sets, [] if sampled else sums, sampled, label)
 
     def of(self, group: Group) -> dict[str, Curvature]:
         """H + D of each of an owned group's layers."""

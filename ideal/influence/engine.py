@@ -29,6 +29,8 @@ from ideal.influence.passes import Passes
 from ideal.influence.products import Products
 from ideal.influence.result import Influence
 from ideal.influence.samples import (
+    BASIS_SEQUENCES,
+    FACTOR_SEQUENCES,
     LEAST_SEQUENCES,
     DomainSample,
     Examples,
@@ -162,27 +164,37 @@ class _Engine:
                 f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
             )
         self.widest = max(max(group.width, *group.outputs.values()) for group in self.groups)
-        # auto starts with as few as the factors can do with, and their gradients' errors with as many again.
-        self.factors = (
-            factor_parts(self.pools, 0.0, self.widest, LEAST_SEQUENCES)
-            if self.config.sample_fraction == "auto"
-            else factor_parts(self.pools, self.config.factor_fraction, self.widest)
-        )
+        self.total = sum(chosen.total for chosen in self.pools)
+        self.shares = np.array([chosen.total / self.total for chosen in self.pools])
+        self._choose_sequences()
+
+    def _choose_sequences(self) -> None:
+        """Which sequences go into the covariances (`factors`), the eigenvalues (`corrected`) and the gradients."""
+        config, direct = self.config, self.config.solver == "direct"
+        # With the examples' own labels the pass for the eigenvalues is the one for the gradients, over all sequences.
+        own_labels = config.factors in ("ekfac", "diagonal") and config.fisher == "empirical"
         self.training = self.pools
         if self.auto:
+            # As few as the factors can do with, and to begin with as many again for the gradients' errors.
+            self.corrected = self.factors = factor_parts(self.pools, 0.0, self.widest, LEAST_SEQUENCES)
             self.training = [
                 pool.part(np.arange(min(len(pool.rows), len(factors.rows) + LEAST_SEQUENCES)))
                 for pool, factors in zip(self.pools, self.factors, strict=True)
             ]
-        self.total = sum(chosen.total for chosen in self.pools)
-        self.shares = np.array([chosen.total / self.total for chosen in self.pools])
-        # With the examples' own labels the pass for the eigenvalues gives these sequences' gradients too.
-        self.reuse = (
-            self.config.factors in ("ekfac", "diagonal") and self.config.fisher == "empirical" and self.layout.whole
-        )
+        elif own_labels:
+            self.corrected = [chosen.rescaled() for chosen in self.training]
+            # The joint solver's matrix is that of these sequences, and the diagonal has no bases.
+            least = BASIS_SEQUENCES if direct else FACTOR_SEQUENCES
+            fraction = 1.0 if config.factors == "diagonal" and direct else config.factor_fraction
+            self.factors = factor_parts(self.pools, fraction, self.widest, least)
+        else:
+            self.corrected = self.factors = factor_parts(
+                self.pools, config.factor_fraction, self.widest, FACTOR_SEQUENCES
+            )
+        self.reuse = own_labels and self.layout.whole
         self.rest = [
-            chosen.without(factors) if self.reuse else chosen
-            for chosen, factors in zip(self.training, self.factors, strict=True)
+            chosen.without(corrected) if self.reuse else chosen
+            for chosen, corrected in zip(self.training, self.corrected, strict=True)
         ]
 
     def run(self, store: Store) -> Influence:
@@ -193,7 +205,7 @@ class _Engine:
         for number, part in enumerate(self.layout.factor_parts):
             gradients = self.gradients if self.reuse else None
             label = _label(number, self.layout.factor_parts)
-            self.curvatures.estimate(part, self.factors, gradients, label)
+            self.curvatures.estimate(part, self.factors, self.corrected, gradients, label)
         dropped = self.curvatures.least_important(self.groups)
         self._pick_sequences()
         for number, part in enumerate(self.layout.gradient_parts):
@@ -351,7 +363,7 @@ class _Engine:
             elif of_curvature <= DIRECTION_ERROR or not self._double_factors():
                 return directions
             else:
-                self.curvatures.estimate(part, self.factors)
+                self.curvatures.estimate(part, self.factors, self.factors)
                 directions = self._directions(part, references)
             after = self._alpha(directions)
             if wanted is None:

@@ -11,6 +11,8 @@ from ideal.seeding import generator
 
 LEAST_SEQUENCES = 32
 """A domain is never sampled down to fewer sequences than this."""
+BASIS_SEQUENCES = 32
+"""Eigenbases alone are estimated on so many sequences of each domain at least."""
 FACTOR_SEQUENCES = 320
 """A part of the sequences that the curvature is estimated on holds at least so many of each domain. With 32 of 100,
 SmolLM2's matrix came out 1.25 times too large (docs/performance.md); the excess falls as one over their number."""
@@ -120,7 +122,7 @@ def whole_reference(name: str, examples: Examples) -> SequenceSet:
 
 
 def factor_parts(
-    training: Sequence[SequenceSet], fraction: float, widest: int, least: int | None = None
+    training: Sequence[SequenceSet], fraction: float, widest: int, least: int
 ) -> list[SequenceSet]:
     """The first `fraction` of every domain's sequences, or more where that is too little for the factors.
 
@@ -128,9 +130,8 @@ def factor_parts(
         training: the domains' sequences, in random order.
         fraction: of the sequences, in (0, 1].
         widest: the largest dimension of a factor.
-        least: sequences of each domain, if it has them; None: FACTOR_SEQUENCES.
+        least: sequences of each domain, if it has them.
     """
-    least = FACTOR_SEQUENCES if least is None else least
     positions = sum(float(chosen.examples.positions[chosen.rows].sum()) for chosen in training)
     fraction = max(fraction, POSITIONS_PER_DIMENSION * widest / max(positions, 1.0))
     return [

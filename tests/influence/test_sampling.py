@@ -8,9 +8,11 @@ import torch
 from tiny import (
     World,
     counted,
+    diagonal_dense,
     difference,
     ekfac_dense,
     explicit_matrix,
+    kfac_dense,
     make_world,
     mean_gradients,
     padded,
@@ -19,7 +21,7 @@ from tiny import (
 )
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, samples
+from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, engine, samples
 from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contributions, more_sequences
 from ideal.seeding import generator
 
@@ -48,34 +50,41 @@ def part_of(world, fraction, seed=0):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    monkeypatch.setattr(samples, "FACTOR_SEQUENCES", 1)
+    monkeypatch.setattr(engine, "BASIS_SEQUENCES", 1)
+    monkeypatch.setattr(engine, "FACTOR_SEQUENCES", 1)
     monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
 
 
 @pytest.mark.parametrize("factors", ["ekfac", "kfac", "diagonal"])
-def test_gradients_from_all_sequences_and_curvature_from_a_part(world, unbounded, monkeypatch, factors):
-    """Against dense matrices of the part, and mean gradients of everything."""
-    import tiny
-
+def test_gradients_from_all_sequences_and_factors_from_a_part(world, unbounded, factors):
+    """Against dense matrices, and mean gradients of everything; EK-FAC's eigenvalues come from everything too."""
     found = influence(world, factor_fraction=0.4, factors=factors)
-    dense = getattr(tiny, f"{factors}_dense")(part_of(world, 0.4))
-    assert difference(found.matrix, explicit_matrix(world, dense)) < EXACT
+    part = part_of(world, 0.4)
+    dense = {
+        "ekfac": lambda: ekfac_dense(world, part),
+        "kfac": lambda: kfac_dense(part),
+        "diagonal": lambda: diagonal_dense(world),
+    }
+    assert difference(found.matrix, explicit_matrix(world, dense[factors]())) < EXACT
     present = {name: np.count_nonzero(domain.counts) for name, domain in world.domains.items()}
-    assert found.factor_sequences == {name: int(np.ceil(0.4 * count)) for name, count in present.items()}
+    wanted = {name: int(np.ceil(0.4 * count)) for name, count in present.items()}
+    assert found.factor_sequences == (present if factors == "diagonal" else wanted)
     assert found.sequences == present
-    assert difference(influence(world, factors=factors).matrix, found.matrix) > 1e-3
+    if factors != "diagonal":
+        assert difference(influence(world, factors=factors).matrix, found.matrix) > 1e-3
 
 
-def test_sampled_labels_in_a_part(world, unbounded):
-    """With drawn labels the factors' pass gives no gradients: all sequences are passed over for these."""
-    found = influence(world, factor_fraction=0.4, fisher="sampled", memory_budget=1.0)
-    in_parts = influence(world, factor_fraction=0.4, fisher="sampled", memory_budget=40e-6)
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_a_part_in_parts(world, unbounded, fisher):
+    """Which sequences are used for what does not depend on how the layers are laid out."""
+    found = influence(world, factor_fraction=0.4, fisher=fisher, memory_budget=1.0)
+    in_parts = influence(world, factor_fraction=0.4, fisher=fisher, memory_budget=40e-6)
     assert difference(in_parts.matrix, found.matrix) < EXACT
 
 
 def test_the_widest_layer_asks_for_positions(world, monkeypatch):
     """Eight for each of 24 dimensions, whatever the fraction."""
-    monkeypatch.setattr(samples, "FACTOR_SEQUENCES", 1)
+    monkeypatch.setattr(engine, "BASIS_SEQUENCES", 1)
     found = influence(world, factor_fraction=1e-3)
     positions = 0
     for name, domain in world.domains.items():

@@ -236,13 +236,16 @@ def weighted_gradients(world: World, pattern: str = MLP) -> tuple[dict[str, Tens
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}, counts
 
 
-def ekfac_dense(world: World) -> dict[str, Tensor]:
-    """Per layer, EK-FAC's Hessian as a dense matrix [OI, OI] over the weight's entries, row by row."""
+def ekfac_dense(world: World, bases_of: World | None = None) -> dict[str, Tensor]:
+    """Per layer, EK-FAC's Hessian as a dense matrix [OI, OI] over the weight's entries, row by row.
+
+    Its eigenvectors are those of `bases_of`'s covariances, its eigenvalues the world's.
+    """
     total = sum(total_tokens(world).values())
     gradients, counts = weighted_gradients(world)
     dense = {}
     for name, g in gradients.items():
-        A, S, _ = factors(world, name)
+        A, S, _ = factors(bases_of or world, name)
         # The eigenvectors of S (x) A, as the columns of one big matrix.
         basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
         eigenvalues = (counts[:, None] * (g.flatten(1) @ basis) ** 2).sum(0) / total

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tiny import World, tiny_llama
 from torch.distributed.fsdp import fully_shard
 
-from ideal.influence import Influence, InfluenceConfig, compute_influence, samples, statistics
+from ideal.influence import Influence, InfluenceConfig, compute_influence, engine, statistics
 
 BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.7, error_sequences=11)
 CASES = {
@@ -29,7 +29,7 @@ CASES = {
 
 
 def compute(world: World, case: str) -> Influence:
-    with patch.object(samples, "FACTOR_SEQUENCES", 8):
+    with patch.multiple(engine, BASIS_SEQUENCES=8, FACTOR_SEQUENCES=8):
         return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
 
 
