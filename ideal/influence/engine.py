@@ -77,6 +77,7 @@ def compute_influence(
     reference = [whole_reference(name, examples) for name, examples in references.items()]
     _check(pools, reference, config)
     layers = tracked_layers(model, config.layers)
+    _say_what_is_tracked(model, layers)
     alike = np.full(len(reference), 1 / len(reference))
     with frozen(model):
         groups = shared_inputs(model, layers, _first_ids(pools).to(next(model.parameters()).device))
@@ -97,6 +98,13 @@ def _check(pools: list[SequenceSet], reference: list[SequenceSet], config: Influ
             raise UserError(f"influence: the reference set of {capability.name!r} has no trained token")
     if config.solver == "cg" and config.factors == "identity":
         raise UserError("influence.solver: cg takes its damping from the curvature; set influence.factors to ekfac")
+
+
+def _say_what_is_tracked(model: nn.Module, layers: Mapping[str, nn.Linear]) -> None:
+    """So that a pattern which misses part of a model (its experts, say) does not do so in silence."""
+    weights = sum(layer.weight.numel() for layer in layers.values())
+    every = sum(parameter.numel() for parameter in model.parameters())
+    say(f"influence: {len(layers)} linear layers, {weights:,} weights, {weights / every:.0%} of the model's parameters")
 
 
 def _first_ids(pools: list[SequenceSet]) -> Tensor:
@@ -459,12 +467,12 @@ class _Engine:
     def _training_covariance(self, matrix: np.ndarray) -> np.ndarray:
         """[n, R, R], of -s_j <g_j, V_r> in g_j."""
         found = np.full((len(self.pools), *[len(self.reference)] * 2), math.nan)
-        if not self.config.error_sequences and not self.auto:
-            return found
         for number, (chosen, sample) in enumerate(zip(self.training, self.training_samples, strict=True)):
             share = self.shares[number]
-            inner = -matrix[:, number] / share if share else np.zeros(len(matrix))
-            found[number] = share**2 * sample.covariance(chosen, inner) if share else 0.0
+            if not share or len(chosen.rows) == chosen.population:
+                found[number] = 0.0  # nothing was left out
+            elif self.config.error_sequences or self.auto:
+                found[number] = share**2 * sample.covariance(chosen, -matrix[:, number] / share)
         return found
 
     def _reference_covariance(self, matrix: np.ndarray) -> np.ndarray:

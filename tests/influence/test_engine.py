@@ -476,7 +476,8 @@ def test_errors_from_part_of_the_sequences(world):
     many = influence(world, sample_fraction=0.95, error_sequences=1000)
     for errors in (training_errors, reference_errors):
         assert abs(np.log(errors(few) / errors(many)).mean()) < 3 / np.sqrt(22)
-        assert np.isnan(errors(influence(world))).all()
+        assert np.isnan(errors(influence(world, sample_fraction=0.95))).all()
+    assert (training_errors(influence(world)) == 0).all()  # nothing was left out
 
 
 # Mistakes
