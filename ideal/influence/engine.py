@@ -336,7 +336,8 @@ class _Engine:
             picked = [sample.slots if here else set() for sample, here in zip(samples, inside, strict=True)]
             tables = [sample.scores for sample in samples]
             accumulators.append(Scores(tables, picked, directions, self.products, streams))
-        self.passes.run("domain gradients", part, self.rest, accumulators, part=label)
+        if any(len(rest.rows) for rest in self.rest):
+            self.passes.run("domain gradients", part, self.rest, accumulators, part=label)
         if not all(inside) and self.config.error_sequences:
             left = [
                 _Sample(sample.sequences.part(np.arange(0)), sample.scores) if here else sample

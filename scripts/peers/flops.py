@@ -53,15 +53,14 @@ def phase_flops(config: Any, workload: Workload, factor_sequences: int) -> dict[
     hidden, wide, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     domains, references = list(workload.domains.values()), list(workload.references.values())
     part = factor_sequences / sum(len(rows) for rows in domains)
-    factors, rest, reference = Tokens.of(domains, part), Tokens.of(domains, 1 - part), Tokens.of(references)
+    factors, every, reference = Tokens.of(domains, part), Tokens.of(domains), Tokens.of(references)
     # Per position and block: A of what gate and up read and of what down reads, S of each of the three.
     squares = 2 * hidden**2 + 3 * wide**2
     outer = 3 * 2 * hidden * wide
     solve = 3 * 4 * (hidden**2 * wide + hidden * wide**2)
     return {
         "covariances": forward_backward(config, factors) + blocks * factors.positions * squares,
-        "eigenvalues": forward_backward(config, factors) + blocks * factors.positions * (2 * squares + outer),
+        "eigenvalues": forward_backward(config, every) + blocks * every.positions * (2 * squares + outer),
         "reference gradients": forward_backward(config, reference) + blocks * reference.positions * outer,
-        "domain gradients": forward_backward(config, rest) + blocks * rest.positions * outer,
         "inverse": len(references) * blocks * solve,
     }

@@ -20,6 +20,7 @@ from ideal.mixture import build_mixture  # noqa: E402
 from ideal.model import ModelConfig, load_tokenizer  # noqa: E402
 from ideal.seeding import generator  # noqa: E402
 from ideal.training import TrainConfig, train  # noqa: E402
+from scripts.shapes import SHAPES as LLAMAS  # noqa: E402
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
@@ -55,33 +56,7 @@ QUICK_MODEL: dict[str, Any] = {
 }
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {**QUICK_MODEL, "num_key_value_heads": 1, "vocab_size": 512, "tie_word_embeddings": True},
-    "llama-3.2-1b": {
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.2-3b": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": True,
-    },
-    "llama-3.1-8b": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "tie_word_embeddings": False,
-    },
+    **{name: shape for name, shape in LLAMAS.items() if name != "llama-3.1-70b"},  # no single device holds that one
 }
 
 
@@ -137,7 +112,7 @@ def random_workload(folder: Path, quick: bool, seed: int) -> Workload:
 
 def shaped_workload(folder: Path, shape: str, sizes: Sizes, batch_size: int, dtype: str, seed: int) -> Workload:
     """A Llama of a known model's sizes; each side makes its random weights on its device."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=max(sizes.length, 128))
+    config = LlamaConfig(**SHAPES[shape])
     config.save_pretrained(folder / "model")
     sets = random_sets(sizes, config.vocab_size, seed)
     return Workload(folder, *sets, mlp_layers(config), batch_size=batch_size, dtype=dtype, seed=seed)
