@@ -357,28 +357,38 @@ class _Engine:
     def _until_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Adds sequences until alpha's direction is known to DIRECTION_ERROR, or none is left; V_r at the end."""
-        of_curvature = math.inf
-        before = self._alpha(directions)
+        """Adds sequences until alpha's direction is known to DIRECTION_ERROR, or none is left; V_r at the end.
+
+        The curvature first: scores along an earlier V_r would not tell the error of alpha along this one.
+        """
+        directions, of_curvature = self._until_curvature_is_certain(part, references, directions)
         while True:
-            matrix, alpha = before
+            matrix, alpha = self._alpha(directions)
             size = float(np.linalg.norm(alpha)) or 1.0
             parts = contributions(self._training_covariance(matrix), self.shares, self.weights) / size**2
             self._say_how_certain(parts, of_curvature)
             wanted = more_sequences([len(chosen.rows) for chosen in self.training], self._available(), parts)
-            if wanted is not None:
-                self._take(wanted)
-                self._domain_pass(part, directions, None, "")
-            elif of_curvature <= DIRECTION_ERROR or not self._double_factors():
-                return directions
-            else:
-                self.curvatures.estimate(part, self.factors, self.factors)
-                directions = self._directions(part, references)
-            after = self._alpha(directions)
             if wanted is None:
-                # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
-                of_curvature = float(np.linalg.norm(after[1] - alpha) / (np.linalg.norm(after[1]) or 1.0))
-            before = after
+                return directions
+            self._take(wanted)
+            self._domain_pass(part, directions, None, "")
+
+    def _until_curvature_is_certain(
+        self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], float]:
+        """V_r, and the relative change of alpha that the last doubling of the curvature's sequences made."""
+        alpha, change, doubled = self._alpha(directions)[1], math.inf, False
+        while change > DIRECTION_ERROR and self._double_factors():
+            self.curvatures.estimate(part, self.factors, self.factors)
+            directions, before, doubled = self._directions(part, references), alpha, True
+            alpha = self._alpha(directions)[1]
+            # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
+            change = float(np.linalg.norm(alpha - before) / (np.linalg.norm(alpha) or 1.0))
+        if doubled:
+            for sample in self.training_samples:
+                sample.scores.zero_()
+            self._score("domain errors", part, self.training_samples, directions, "")
+        return directions, change if doubled else 0.0
 
     def _alpha(self, directions: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """M so far [R, n], and the fixed-volume alpha [n]."""
@@ -386,11 +396,10 @@ class _Engine:
         return matrix, objective(fixed_form(matrix, self.shares), self.weights)
 
     def _say_how_certain(self, parts: np.ndarray, of_curvature: float) -> None:
-        curvature = "not yet known" if math.isinf(of_curvature) else f"{of_curvature:.1%}"
         say(
             f"influence: {sum(len(chosen.rows) for chosen in self.training):,} of {sum(self._available()):,} sequences,"
             f" {sum(len(chosen.rows) for chosen in self.factors):,} for the curvature; alpha's relative error:"
-            f" {math.sqrt(parts.sum()):.1%} from the sequences, {curvature} from the curvature"
+            f" {math.sqrt(parts.sum()):.1%} from the sequences, {of_curvature:.1%} from the curvature"
         )
 
     def _available(self) -> list[int]:
