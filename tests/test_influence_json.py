@@ -94,5 +94,5 @@ def test_nothing_is_said_of_signs_without_errors():
 
 
 def test_how_many_sequences_were_used():
-    assert content(found())["sampling"] == "1,200 sequences of the mixture for the gradients, 120 for the curvature"
+    assert content(found())["sampling"] == "1,200 sequences of the mixture for the gradients, 120 for the covariances"
     assert "until alpha's direction was known to 10%" in content(found(), fraction="auto")["sampling"]

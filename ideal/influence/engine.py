@@ -2,10 +2,11 @@
 
     M[r, j] = dL_r / dbeta_j = - s_j g_r^T (H + D)^-1 g_j,        summed over the tracked layers
 
-1 to 3 the curvature (curvature.py), from part of the domains' sequences; 4 the capabilities' gradients
-g_r, and 5 V_r = (H + D)^-1 g_r; 6 the domains' other sequences; 7 M; 8 the reference sets once more, for
-the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes: R capabilities,
-n domains, I in, O out; the rest in statistics.py.
+1 to 3 the curvature (curvature.py): bases from part of the domains' sequences, eigenvalues from all of them
+where their own labels are used, which gives the gradients g_j too; 4 the capabilities' gradients g_r, and
+5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 the reference sets once more,
+for the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes:
+R capabilities, n domains, I in, O out; the rest in statistics.py.
 """
 
 import math

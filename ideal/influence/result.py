@@ -29,7 +29,7 @@ class Influence:
     sequences: dict[str, int]
     """Distinct sequences used, per domain."""
     factor_sequences: dict[str, int]
-    """Those that the curvature was estimated on."""
+    """Those that the covariances were estimated on."""
     tokens: dict[str, int]
     """The sequences' trained tokens, per domain; a repeated sequence counts once."""
     reference_sequences: dict[str, int]

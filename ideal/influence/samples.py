@@ -14,8 +14,9 @@ LEAST_SEQUENCES = 32
 BASIS_SEQUENCES = 32
 """Eigenbases alone are estimated on so many sequences of each domain at least."""
 FACTOR_SEQUENCES = 320
-"""A part of the sequences that the curvature is estimated on holds at least so many of each domain. With 32 of 100,
-SmolLM2's matrix came out 1.25 times too large (docs/performance.md); the excess falls as one over their number."""
+"""Where eigenvalues come from the same part of the sequences as their basis, it holds at least so many of each domain:
+few sequences fit a basis to themselves. With 32 of 100, SmolLM2's matrix came out 1.25 times too large
+(docs/performance.md); the excess falls as one over their number."""
 POSITIONS_PER_DIMENSION = 8
 """Positions that a factor of k x k entries is estimated on, at least, as multiples of k."""
 

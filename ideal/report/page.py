@@ -160,7 +160,7 @@ def _solver(solver: Json) -> list[str]:
 def _used(influence: Json) -> Table:
     sequences, tokens = influence.get("sequences") or {}, influence.get("tokens") or {}
     factor = influence.get("factor_sequences") or {}
-    header = ["used per domain", "sequences", "tokens"] + ["of these for the factors"] * bool(factor)
+    header = ["used per domain", "sequences", "tokens"] + ["of these for the covariances"] * bool(factor)
     rows = []
     for name, found in sequences.items():
         row = [name, tables.count(found), tables.count(tokens.get(name))]
