@@ -29,10 +29,12 @@ class InfluenceConfig:
     """Part of the mixture's rows used (sigma), drawn per domain; at least 32 rows of each, or all. auto: as
     many as it takes until alpha's direction is known to 10%."""
     factor_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
-    """Part of these rows that the covariances are estimated on, at least 32 rows of each domain, and eight positions
-    for each dimension of the widest layer, or all; EK-FAC's eigenvalues come from all rows, in the pass for the
-    gradients. With drawn labels, K-FAC or the joint solver the whole curvature comes from this part, and that
-    is at least 320 rows of each domain."""
+    """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
+    joint solver), and 48 positions for each dimension of the widest layer, or all."""
+    eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
+    all. All cost nothing where the pass for the gradients gives them too: with the examples' own labels and all
+    layers' statistics in memory at once. Elsewhere they take a pass of their own."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
     In a model with LoRA: the adapters' own layers in them."""

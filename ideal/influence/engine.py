@@ -2,8 +2,8 @@
 
     M[r, j] = dL_r / dbeta_j = - s_j g_r^T (H + D)^-1 g_j,        summed over the tracked layers
 
-1 to 3 the curvature (curvature.py): bases from part of the domains' sequences, eigenvalues from all of them
-where their own labels are used, which gives the gradients g_j too; 4 the capabilities' gradients g_r, and
+1 to 3 the curvature (curvature.py): bases from few of the domains' sequences, eigenvalues from more or all,
+which with their own labels gives their gradients too; 4 the capabilities' gradients g_r, and
 5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 the reference sets once more,
 for the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes:
 R capabilities, n domains, I in, O out; the rest in statistics.py.
@@ -30,7 +30,6 @@ from ideal.influence.passes import Passes
 from ideal.influence.products import Products
 from ideal.influence.result import Influence
 from ideal.influence.samples import (
-    BASIS_SEQUENCES,
     FACTOR_SEQUENCES,
     LEAST_SEQUENCES,
     DomainSample,
@@ -179,9 +178,7 @@ class _Engine:
 
     def _choose_sequences(self) -> None:
         """Which sequences go into the covariances (`factors`), the eigenvalues (`corrected`) and the gradients."""
-        config, direct = self.config, self.config.solver == "direct"
-        # With the examples' own labels the pass for the eigenvalues is the one for the gradients, over all sequences.
-        own_labels = config.factors in ("ekfac", "diagonal") and config.fisher == "empirical"
+        config = self.config
         self.training = self.pools
         if self.auto:
             # As few as the factors can do with, and to begin with as many again for the gradients' errors.
@@ -190,17 +187,18 @@ class _Engine:
                 pool.part(np.arange(min(len(pool.rows), len(factors.rows) + LEAST_SEQUENCES)))
                 for pool, factors in zip(self.pools, self.factors, strict=True)
             ]
-        elif own_labels:
-            self.corrected = [chosen.rescaled() for chosen in self.training]
-            # The joint solver's matrix is that of these sequences, and the diagonal has no bases.
-            least = BASIS_SEQUENCES if direct else FACTOR_SEQUENCES
-            fraction = 1.0 if config.factors == "diagonal" and direct else config.factor_fraction
-            self.factors = factor_parts(self.pools, fraction, self.widest, least)
         else:
-            self.corrected = self.factors = factor_parts(
-                self.pools, config.factor_fraction, self.widest, FACTOR_SEQUENCES
-            )
-        self.reuse = own_labels and self.layout.whole
+            # The joint solver's matrix is that of the factors' sequences, and K-FAC's eigenvalues are theirs too.
+            basis_alone = config.factors == "ekfac" and config.solver == "direct"
+            least = LEAST_SEQUENCES if basis_alone else FACTOR_SEQUENCES
+            self.factors = factor_parts(self.pools, config.factor_fraction, self.widest, least)
+            self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
+            if config.factors == "diagonal" and config.solver == "direct":
+                self.factors = self.corrected  # there are no covariances
+        # With the examples' own labels the pass for the eigenvalues gives the gradients of its sequences too.
+        self.reuse = (
+            config.factors in ("ekfac", "diagonal") and config.fisher == "empirical" and self.layout.whole
+        )
         self.rest = [
             chosen.without(corrected) if self.reuse else chosen
             for chosen, corrected in zip(self.training, self.corrected, strict=True)

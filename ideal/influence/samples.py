@@ -11,14 +11,12 @@ from ideal.seeding import generator
 
 LEAST_SEQUENCES = 32
 """A domain is never sampled down to fewer sequences than this."""
-BASIS_SEQUENCES = 32
-"""Eigenbases alone are estimated on so many sequences of each domain at least."""
 FACTOR_SEQUENCES = 320
-"""Where eigenvalues come from the same part of the sequences as their basis, it holds at least so many of each domain:
-few sequences fit a basis to themselves. With 32 of 100, SmolLM2's matrix came out 1.25 times too large
-(docs/performance.md); the excess falls as one over their number."""
-POSITIONS_PER_DIMENSION = 8
-"""Positions that a factor of k x k entries is estimated on, at least, as multiples of k."""
+"""Eigenvalues are estimated on so many sequences of each domain at least. With 32 of 100 for both, SmolLM2's matrix
+came out 1.25 times too large: few sequences fit a basis to themselves (docs/performance.md)."""
+POSITIONS_PER_DIMENSION = 48
+"""Positions that a factor of k x k entries is estimated on, at least, as multiples of k. With 9 SmolLM2's matrix was up
+to 14% of its largest entry off, eigenvalues from all sequences (docs/performance.md)."""
 
 
 class Examples(Protocol):

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ideal.influence import Influence, InfluenceConfig, compute_influence, engine, statistics
 
-BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.7, error_sequences=11)
+BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11)
 CASES = {
     "ekfac": BASE,
     "ragged": replace(BASE, batch_size=1, error_sequences=5, factors="kfac"),
@@ -29,7 +29,7 @@ CASES = {
 
 
 def compute(world: World, case: str) -> Influence:
-    with patch.multiple(engine, BASIS_SEQUENCES=8, FACTOR_SEQUENCES=8):
+    with patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8):
         return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
 
 
