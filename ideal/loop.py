@@ -22,7 +22,7 @@ from ideal.evaluation import evaluate, weighted
 from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
 from ideal.influence.adaptive import DIRECTION_ERROR
 from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
-from ideal.mixers import MIXERS, Mixer, RoundResult, Step
+from ideal.mixers import MIXERS, Mixer, RoundResult, Setup, Step
 from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
 from ideal.model import DTYPES, load_model, merge_adapters, shard
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
@@ -44,15 +44,28 @@ class Run:
     folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
     data: Data
-    start_ratios: np.ndarray
-    """[n] the ratios of round 0, in the order of data.pools."""
+    ratios: np.ndarray
+    """[n] the start ratios as the user gave them, in the order of data.pools."""
     arguments: TrainingArguments
     warnings: list[str] = field(default_factory=list)
 
     @property
     def mixer(self) -> Mixer:
-        """The configured method."""
-        return MIXERS[self.config.mixing.method](self.config.mixing)
+        """The configured method, with the base model's losses once they are known."""
+        losses = None
+        if self.folder.base_evaluation.is_file():
+            found = read_json(self.folder.base_evaluation)["reference_loss"]
+            losses = np.array([found[name] for name in self.data.references])
+        setup = Setup(
+            seed=self.config.seed,
+            domains=tuple(self.data.pools),
+            capabilities=tuple(self.data.references),
+            weights=np.array([self.data.weights[name] for name in self.data.references]),
+            pool_sizes=np.array([len(pool) for pool in self.data.pools.values()], dtype=np.float64),
+            pool_tokens=np.array([tokens.sum() for tokens in self.trained_tokens.values()], dtype=np.float64),
+            base_loss=losses,
+        )
+        return MIXERS[self.config.mixing.method](self.config.mixing, setup)
 
     @property
     def trained_tokens(self) -> dict[str, np.ndarray]:
@@ -108,12 +121,26 @@ def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], st
         warn_of_repeats(run, mixture)
         return mixture
     if step is None:
-        mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+        mixture = first_mixture(run)
     else:
         mixture = next_mixture(run, here.number, step)
     write_json(here.mixture, mixture.to_json())
     warn_of_repeats(run, mixture)
     return mixture
+
+
+def given_mixture(run: Run) -> Mixture:
+    """The mixture of the start ratios as the user gave them; its trained tokens are the volume to keep."""
+    return build_mixture(run.trained_tokens, run.ratios, seed=run.config.seed, round=0)
+
+
+def first_mixture(run: Run) -> Mixture:
+    """Round 0's mixture: the given one, or the one of the same volume that the method starts from."""
+    given = given_mixture(run)
+    ratios = run.mixer.start(run.ratios)
+    if np.array_equal(ratios, run.ratios):
+        return given
+    return build_mixture(run.trained_tokens, ratios, seed=run.config.seed, round=0, total_tokens=given.total_tokens)
 
 
 def warn_of_repeats(run: Run, mixture: Mixture) -> None:
@@ -128,10 +155,8 @@ def warn_of_repeats(run: Run, mixture: Mixture) -> None:
 
 
 def next_mixture(run: Run, number: int, step: Step) -> Mixture:
-    """The mixture of round `number` that `step` leads to; with a fixed volume it holds round 0's tokens."""
-    total = None
-    if run.config.mixing.budget == "fixed":
-        total = int(read_json(run.folder.round(0).mixture)["total_tokens"])
+    """The mixture of round `number` that `step` leads to; where the method keeps the volume, that of the start."""
+    total = given_mixture(run).total_tokens if run.mixer.keeps_volume else None
     return build_mixture(
         run.trained_tokens,
         step.ratios,
@@ -337,6 +362,8 @@ def result_of(
     run: Run, number: int, mixture: Mixture, evaluation: dict[str, Any], matrix: np.ndarray | None
 ) -> RoundResult:
     """What a mixer may know after a round."""
+    training = run.folder.round(number).training
+    observed = read_json(training).get("observed", {}) if exists(training) else {}
     return RoundResult(
         round=number,
         pool_sizes=np.array([domain.pool for domain in mixture.domains.values()], dtype=np.float64),
@@ -345,6 +372,7 @@ def result_of(
         reference_loss=np.array([evaluation["reference_loss"][name] for name in run.data.references]),
         weights=np.array([run.data.weights[name] for name in run.data.references]),
         influence=matrix,
+        observed=observed,
     )
 
 

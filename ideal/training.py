@@ -32,6 +32,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ideal.data import ExampleSet, collate
 from ideal.distributed import all_gather_objects, is_main, world_size
 from ideal.errors import UserError
+from ideal.mixers.base import Controller
 from ideal.mixture import Mixture, training_rows
 from ideal.model import DTYPES, ModelConfig, load_model, save_model, stored_dtype
 from ideal.objective import IGNORED, summed_token_loss
@@ -181,12 +182,12 @@ class RoundPlan:
         return self.steps / self.steps_per_epoch
 
     @staticmethod
-    def of(rows: int, trained_tokens: int, config: TrainConfig) -> "RoundPlan":
-        """The plan for an epoch of `rows` examples holding `trained_tokens`."""
+    def of(rows: int, trained_tokens: int, config: TrainConfig, length: float = 1.0) -> "RoundPlan":
+        """The plan for an epoch of `rows` examples holding `trained_tokens`; `length`: the part of all its steps."""
         steps_per_epoch = math.ceil(rows / config.global_batch_size)
         epochs = config.arguments.get("num_train_epochs", TRAINER_KEYS["num_train_epochs"].default)
-        steps = config.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
-        return RoundPlan(steps_per_epoch, steps, trained_tokens / steps_per_epoch)
+        whole = config.max_steps or epochs * steps_per_epoch
+        return RoundPlan(steps_per_epoch, max(1, math.ceil(length * whole)), trained_tokens / steps_per_epoch)
 
 
 class RoundRows(Dataset):
@@ -266,11 +267,15 @@ class QuietProgress(ProgressCallback):
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop."""
+    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop.
+
+    observed: what the controller left, empty without one.
+    """
 
     steps: int
     training_loss: float | None
     seconds: float
+    observed: dict[str, Any]
 
 
 def train(
@@ -286,17 +291,20 @@ def train(
     seed: int,
     log: Callable[[int, dict[str, float]], None],
     on_step_time: Callable[[float, int], None],
+    length: float = 1.0,
+    controller: Controller | None = None,
 ) -> TrainingOutcome:
     """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
 
     start: the model to start from (None: the base model). checkpoints: where the Trainer keeps its own, from
-    which a killed inner loop continues if train.save_strategy asks for them.
+    which a killed inner loop continues if train.save_strategy asks for them. length: the part of an inner loop's
+    steps to take. controller: what steers the steps from within, if anything.
     Raises UserError when the loss is not finite any more.
     """
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
     set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
-    plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
+    plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config, length)
     arguments.max_steps = plan.steps
     arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
     pad_id = int(tokenizer.pad_token_id)
@@ -330,7 +338,8 @@ def train(
             state,
         )
     trainer.accelerator.free_memory()
-    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started)
+    observed = controller.observed() if controller else {}
+    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started, observed)
 
 
 def _mean(values: list[float]) -> float | None:

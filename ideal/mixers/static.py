@@ -10,9 +10,9 @@ class Joint(Mixer):
 
 
 class Uniform(Mixer):
-    """As many examples of every domain, their total that of the start; repeated where a pool is too small."""
+    """As many examples of every domain, repeated where a pool is too small."""
 
-    def start(self, ratios: np.ndarray, pool_sizes: np.ndarray) -> np.ndarray:
+    def start(self, ratios: np.ndarray) -> np.ndarray:
         """[n] total / n examples each, as ratios of the pools."""
-        total = float(ratios @ pool_sizes)
-        return total / len(pool_sizes) / pool_sizes
+        total = float(ratios @ self.setup.pool_sizes)
+        return total / len(ratios) / self.setup.pool_sizes

@@ -1,12 +1,15 @@
 """Mixers against numbers worked out by hand, and what holds for any influence."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ideal.mixers import MIXERS, MixingConfig, RoundResult, Step
+from ideal.mixers import MIXERS, Mixer, MixingConfig, RoundResult, Setup, Step
+from ideal.mixers.base import ratios_of_shares
 from ideal.mixers.ideal import fixed_step, keep_volume
 
 # Two capabilities (weights 1/4, 3/4), three domains.
@@ -14,6 +17,19 @@ MATRIX = np.array([[-4.0, 0.0, 2.0], [0.0, -2.0, 2.0]])
 WEIGHTS = np.array([0.25, 0.75])
 SHARES = np.array([0.5, 0.3, 0.2])
 RATIOS = np.array([1.0, 0.5, 2.0])
+SETUP = Setup(
+    seed=0,
+    domains=("a", "b", "c"),
+    capabilities=("a", "b"),
+    weights=WEIGHTS,
+    pool_sizes=np.array([100.0, 40.0, 10.0]),
+    pool_tokens=np.array([500.0, 600.0, 100.0]),
+    base_loss=None,
+)
+
+
+def mixer(method: str = "ideal", **config: object) -> Mixer:
+    return MIXERS[method](MixingConfig(method=method, **config), SETUP)
 
 
 def result(influence: np.ndarray | None = MATRIX, shares: np.ndarray = SHARES, round: int = 0) -> RoundResult:
@@ -23,7 +39,7 @@ def result(influence: np.ndarray | None = MATRIX, shares: np.ndarray = SHARES, r
 
 
 def propose(influence: np.ndarray = MATRIX, shares: np.ndarray = SHARES, **config: object) -> Step:
-    step = MIXERS["ideal"](MixingConfig(**config)).propose([result(influence, shares)])
+    step = mixer(**config).propose([result(influence, shares)])
     assert step is not None
     return step
 
@@ -51,9 +67,8 @@ def test_fixed_step_by_hand():
 
 
 def test_step_uses_the_last_round_alone():
-    mixer = MIXERS["ideal"](MixingConfig())
-    before = result(-MATRIX)
-    step = mixer.propose([before, result(round=1)])
+    step = mixer().propose([result(-MATRIX), result(round=1)])
+    assert step is not None
     np.testing.assert_array_equal(step.beta, propose().beta)
 
 
@@ -70,7 +85,7 @@ def shares_for(data: st.DataObject, n: int) -> np.ndarray:
 def proposed(matrix: np.ndarray, shares: np.ndarray, **config: object) -> Step:
     n = len(shares)
     last = RoundResult(0, np.full(n, 50.0), np.ones(n), shares, np.ones(2), WEIGHTS, matrix)
-    step = MIXERS["ideal"](MixingConfig(**config)).propose([last])
+    step = mixer(**config).propose([last])
     assert step is not None
     return step
 
@@ -121,23 +136,41 @@ def test_keep_volume_of_equal_growth_is_no_change():
 
 
 def test_joint_keeps_the_given_sizes():
-    joint = MIXERS["joint"](MixingConfig(method="joint"))
+    joint = mixer("joint")
     assert joint.propose([result(None)]) is None
-    assert not joint.needs_influence and not type(joint).moves()
-    np.testing.assert_array_equal(joint.start(RATIOS, np.array([100.0, 40.0, 10.0])), RATIOS)
+    assert not joint.needs_influence and joint.last_round() == 0
+    np.testing.assert_array_equal(joint.start(RATIOS), RATIOS)
 
 
 def test_uniform_gives_equal_sizes_with_the_starts_total():
-    uniform = MIXERS["uniform"](MixingConfig(method="uniform"))
-    sizes = np.array([100.0, 40.0, 10.0])
-    ratios = uniform.start(RATIOS, sizes)
+    uniform = mixer("uniform")
+    ratios = uniform.start(RATIOS)
     # 100 + 20 + 20 examples: 140 / 3 each.
-    np.testing.assert_allclose(ratios * sizes, [140 / 3] * 3, rtol=1e-14)
+    np.testing.assert_allclose(ratios * SETUP.pool_sizes, [140 / 3] * 3, rtol=1e-14)
     assert uniform.propose([result(None)]) is None
-    assert not uniform.needs_influence and not type(uniform).moves()
+    assert not uniform.needs_influence and uniform.last_round() == 0
 
 
 def test_ideal_starts_where_it_is_told_to_and_moves():
-    ideal = MIXERS["ideal"](MixingConfig())
-    assert ideal.needs_influence and type(ideal).moves()
-    np.testing.assert_array_equal(ideal.start(RATIOS, np.ones(3)), RATIOS)
+    ideal = mixer(rounds=4)
+    assert ideal.needs_influence and ideal.last_round() == 4
+    np.testing.assert_array_equal(ideal.start(RATIOS), RATIOS)
+
+
+def test_volume_is_free_for_ideal_alone():
+    assert not mixer(budget="free").keeps_volume and mixer(budget="fixed").keeps_volume
+    assert mixer("uniform", budget="free").keeps_volume
+
+
+def test_ratios_of_shares_by_hand():
+    """1000 tokens in shares 1/2, 1/2, 0 of pools of 500, 600 and 100 tokens."""
+    ratios = ratios_of_shares(np.array([2.0, 2.0, 0.0]), 1000.0, SETUP.pool_tokens)
+    np.testing.assert_allclose(ratios, [1, 5 / 6, 0], rtol=1e-15)
+
+
+def test_step_to_shares_keeps_the_volume_and_knows_no_change_from_nothing():
+    """Before: 1 * 500 + 0 * 600 + 2 * 100 = 700 tokens; after, 560 and 140 of the first two domains."""
+    last = replace(result(None), ratios=np.array([1.0, 0.0, 2.0]))
+    step = mixer("joint").step_to(np.array([0.8, 0.2, 0.0]), last)
+    np.testing.assert_allclose(step.ratios, [1.12, 140 / 600, 0], rtol=1e-14)
+    np.testing.assert_allclose(step.beta, [0.12, np.nan, np.nan], rtol=1e-13)
