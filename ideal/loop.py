@@ -23,8 +23,9 @@ from ideal.influence import DomainSample, Influence, compute_influence, fixed_fo
 from ideal.influence.adaptive import DIRECTION_ERROR
 from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
 from ideal.mixers import MIXERS, Mixer, RoundResult, Setup, Step
-from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
+from ideal.mixture import Mixture, build_mixture, mixture_of_sizes, round_half_up
 from ideal.model import DTYPES, load_model, merge_adapters, shard
+from ideal.online import Steering
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
 from ideal.report.tables import duration
 from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
@@ -91,6 +92,7 @@ def run_loop(run: Run) -> None:
         mixture = mixture_of_round(run, here, results, step)
         train_round(run, here, mixture)
         evaluation = evaluate_round(run, here)
+        mixture = as_drawn(run, here, mixture)
         stop = stop_reason(run, number)
         matrix = None
         if mixer.needs_influence and number < rounds and not stop:
@@ -205,6 +207,7 @@ def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
         seed=run.config.seed,
         log=lambda step, values: run.folder.log("train", values, round=here.number, step=step),
         on_step_time=on_step_time,
+        steering=steering_of(run, here),
     )
     if is_main():
         write_json(here.training, asdict(outcome))
@@ -212,6 +215,36 @@ def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
         remove(here.checkpoints)
     run.folder.log("train", {"seconds": outcome.seconds}, round=here.number, step=outcome.steps)
     barrier()
+
+
+def steering_of(run: Run, here: RoundFolder) -> Steering | None:
+    """What steers this round's inner loop from within, if anything does."""
+    before = [run.folder.round(number) for number in range(here.number)]
+    results = [
+        result_of(run, folder.number, mixture_of_round(run, folder, [], None), read_json(folder.evaluation), None)
+        for folder in before
+    ]
+    controller = run.mixer.controller(here.number, results)
+    if controller is None:
+        return None
+    return Steering(controller, run.data.references, run.data.weights, run.config.evaluation)
+
+
+def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:
+    """The mixture that a steered round turned out to be, as rows of one pass; `mixture` where none steered it.
+
+    Only of rounds that may be the result: another one could be trained again from the mixture it started from.
+    """
+    observed = read_json(here.training).get("observed", {}) if exists(here.training) else {}
+    if "rows" not in observed or not run.mixer.is_result(here.number):
+        return mixture
+    content = mixture.to_json()
+    for name, rows in observed["rows"].items():
+        content["domains"][name]["size"] = round_half_up(rows / observed["passes"])
+    drawn = mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed)
+    write_json(here.mixture, drawn.to_json())
+    warn_of_repeats(run, drawn)
+    return drawn
 
 
 def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:

@@ -32,10 +32,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from ideal.data import ExampleSet, collate
 from ideal.distributed import all_gather_objects, is_main, world_size
 from ideal.errors import UserError
-from ideal.mixers.base import Controller
 from ideal.mixture import Mixture, training_rows
 from ideal.model import DTYPES, ModelConfig, load_model, save_model, stored_dtype
 from ideal.objective import IGNORED, summed_token_loss
+from ideal.online import Places, SteeredRows, SteeredTrainer, Steering
 from ideal.seeding import generator
 
 TRAINER_KEYS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
@@ -292,13 +292,14 @@ def train(
     log: Callable[[int, dict[str, float]], None],
     on_step_time: Callable[[float, int], None],
     length: float = 1.0,
-    controller: Controller | None = None,
+    steering: Steering | None = None,
 ) -> TrainingOutcome:
     """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
 
     start: the model to start from (None: the base model). checkpoints: where the Trainer keeps its own, from
     which a killed inner loop continues if train.save_strategy asks for them. length: the part of an inner loop's
-    steps to take. controller: what steers the steps from within, if anything.
+    steps to take. steering: what decides from within what each step trains on, if anything does;
+    without it each step's rows follow from `mixture` alone.
     Raises UserError when the loss is not finite any more.
     """
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
@@ -309,16 +310,35 @@ def train(
     arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
     pad_id = int(tokenizer.pad_token_id)
     model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
-    trainer = InnerLoopTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
-        data_collator=lambda rows: collate(rows, pad_id),
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
-            summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
-        ),
-        callbacks=[StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
-    )
+    shared: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
+    }
+    trainer: Trainer
+    if steering is None:
+        trainer = InnerLoopTrainer(
+            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
+            data_collator=lambda rows: collate(rows, pad_id),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
+                summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
+            ),
+            **shared,
+        )
+    else:
+        rows = SteeredRows(
+            steering,
+            pools,
+            mixture,
+            steps=plan.steps,
+            passes=plan.epochs,
+            tokens_per_step=plan.tokens_per_step,
+            vocabulary=len(tokenizer),
+            pad_id=pad_id,
+            seed=seed,
+        )
+        places = Places(plan.steps * config.global_batch_size)
+        trainer = SteeredTrainer(rows=rows, log_step=log, train_dataset=places, **shared)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
@@ -338,7 +358,7 @@ def train(
             state,
         )
     trainer.accelerator.free_memory()
-    observed = controller.observed() if controller else {}
+    observed = trainer.rows.observed() if isinstance(trainer, SteeredTrainer) else {}
     return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started, observed)
 
 

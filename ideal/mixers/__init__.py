@@ -1,9 +1,11 @@
 """Mixers: methods that turn what is known after a round into the next ratios."""
 
-from ideal.mixers.base import Controller, Mixer, MixingConfig, RoundResult, Setup, Step
+from ideal.mixers.base import Mixer, MixingConfig, RoundResult, Setup, Step
+from ideal.mixers.controller import Controller
 from ideal.mixers.ideal import Ideal
+from ideal.mixers.odm import Odm
 from ideal.mixers.static import Joint, Uniform
 
-MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform}
+MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform, "odm": Odm}
 
 __all__ = ["MIXERS", "Controller", "Mixer", "MixingConfig", "RoundResult", "Setup", "Step"]

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from ideal.mixers.controller import Controller
 from ideal.settings import STRICT
 
 
@@ -88,17 +89,6 @@ class Step:
     alpha: np.ndarray | None = field(default=None)
     information: Mapping[str, Any] = field(default_factory=dict)
     warnings: Sequence[str] = ()
-
-
-class Controller:
-    """Steers one inner loop from within: sees what each optimizer step measured, sets what the next one draws.
-
-    A controller runs identically on all ranks, in float64.
-    """
-
-    def observed(self) -> dict[str, Any]:
-        """What the round leaves for `Mixer.propose` and for training.json, JSON-able."""
-        raise NotImplementedError
 
 
 class Mixer:

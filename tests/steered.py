@@ -1,0 +1,77 @@
+"""Rounds for controllers, and whole steered inner loops: in this process, and on two ranks by torchrun."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import inner_loops
+import numpy as np
+import torch
+from inner_loops import ADAM, Case
+
+from ideal.distributed import rank
+from ideal.evaluation import EvaluationConfig
+from ideal.mixers.controller import Controller, SteeredRound
+from ideal.mixers.odm import OdmController
+from ideal.online import Steering
+from ideal.training import TrainConfig, TrainingOutcome, training_arguments
+
+
+def make_round(
+    steps: int,
+    rows: list[float],
+    mean_tokens: list[float] | None = None,
+    capabilities: tuple[str, ...] | None = None,
+    weights: list[float] | None = None,
+    vocabulary: int = 100,
+) -> SteeredRound:
+    """A round of domains a, b, ...; capabilities of the same names, all of one weight, unless given."""
+    names = tuple("abcdefg"[: len(rows)])
+    mean = np.array(mean_tokens or [1.0] * len(rows))
+    shares = np.array(rows) * mean
+    of = capabilities or names
+    return SteeredRound(
+        steps=steps,
+        domains=names,
+        capabilities=of,
+        weights=np.array(weights or [1 / len(of)] * len(of)),
+        rows=np.array(rows),
+        shares=shares / shares.sum(),
+        mean_tokens=mean,
+        vocabulary=vocabulary,
+    )
+
+
+CONTROLLERS: dict[str, Any] = {"odm": OdmController}
+ONE_STEP_FROM_THE_END = {**ADAM, "num_train_epochs": 4}
+
+
+def run_steered(
+    models: Path, controller: Controller, case: Case, out: Path, log: Any = lambda step, values: None
+) -> tuple[dict[str, torch.Tensor], TrainingOutcome]:
+    """The weights that a steered inner loop ends with, and its outcome."""
+    pools = inner_loops.make_pools()
+    steering = Steering(controller, pools, {"short": 0.5, "long": 0.5}, EvaluationConfig(batch_size=4))
+    outcomes: list[TrainingOutcome] = []
+    weights = inner_loops.run_case(models, case, out, log, steering=steering, outcomes=outcomes)
+    return weights, outcomes[0]
+
+
+def main(models: Path, out: Path) -> None:
+    torch.set_num_threads(1)
+    training_arguments(TrainConfig(2, {"use_cpu": True, "per_device_train_batch_size": 1}), out, 0)
+    for name, make in CONTROLLERS.items():
+        for per_device in (1, 2):
+            case = Case("gpt2", 4, per_device, ONE_STEP_FROM_THE_END)
+            weights, outcome = run_steered(models, make(), case, out / f"{name}{per_device}")
+            torch.save(weights, out / f"{name}{per_device}.rank{rank()}.pt")
+            (out / f"{name}{per_device}.rank{rank()}.json").write_text(json.dumps(outcome.observed))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,51 @@
+"""Whole runs of the methods that steer an inner loop from within."""
+
+from pathlib import Path
+from typing import Any
+
+import miniature
+import pytest
+from miniature import DOMAINS, make_data, read, run
+
+FEW = {"data__max_examples": 16, "train__num_train_epochs": 2, "mixing__rounds": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data") / "domains")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    miniature.quick(monkeypatch)
+
+
+def rounds(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("round_*"))
+
+
+def drawn(folder: Path, number: int) -> dict[str, Any]:
+    return dict(read(folder / f"round_{number:02d}/training.json")["observed"])
+
+
+def test_odm(data, tmp_path, quick):
+    assert run(data, tmp_path / "joint", **FEW, mixing__method="joint") == 0
+    assert run(data, tmp_path / "run", **FEW, mixing__method="odm") == 0
+    assert rounds(tmp_path / "run") == ["round_00"]
+    observed, mixture = drawn(tmp_path / "run", 0), read(tmp_path / "run/mixture.json")
+    assert sum(observed["probabilities"].values()) == pytest.approx(1)
+    joint = read(tmp_path / "joint/mixture.json")
+    # Rows of one pass of two, rounded to whole ones; tokens to a row of the longest domain and the last step's.
+    assert mixture["total_tokens"] == pytest.approx(joint["total_tokens"], rel=0.1)
+    for name in DOMAINS:
+        assert mixture["domains"][name]["size"] == int(observed["rows"][name] / 2 + 0.5)
+    assert mixture != joint
+    q = [read(tmp_path / name / "round_00/evaluation.json")["Q"] for name in ("run", "joint")]
+    assert q[0] != q[1] and q[0] < read(tmp_path / "run/base/evaluation.json")["Q"]
+
+
+def test_a_domain_of_ratio_0_stays_out(data, tmp_path, quick):
+    ratios = "{math: 1, reasoning: 0, safety: 1}"
+    assert run(data, tmp_path / "run", **FEW, mixing__method="odm", mixing__ratios=ratios) == 0
+    assert drawn(tmp_path / "run", 0)["rows"].keys() == {"math", "safety"}
+    assert read(tmp_path / "run/mixture.json")["domains"]["reasoning"]["size"] == 0
