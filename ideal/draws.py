@@ -68,6 +68,10 @@ class Draws:
         if self.backwards:
             self._orders = [order[::-1] for order in self._orders]
 
+    def fresh(self) -> "Draws":
+        """The same draws from their beginning."""
+        return Draws(self.trained_tokens, self.tokens_per_step, self.seed, self.round, self.backwards)
+
     @property
     def mean_tokens(self) -> np.ndarray:
         """[n] trained tokens per row of each pool."""

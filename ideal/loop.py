@@ -227,7 +227,15 @@ def steering_of(run: Run, here: RoundFolder) -> Steering | None:
     controller = run.mixer.controller(here.number, results)
     if controller is None:
         return None
-    return Steering(controller, run.data.references, run.data.weights, run.config.evaluation)
+    reads = run.mixer.reads(here.number)
+    return Steering(
+        controller,
+        run.data.references,
+        run.data.weights,
+        run.config.evaluation,
+        run.config.influence.layers,
+        (lambda: loaded_model(run, run.folder.round(reads[0]))) if reads else None,
+    )
 
 
 def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:

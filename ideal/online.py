@@ -6,6 +6,7 @@ ranks, and the controller computes the same on each: processes and accumulation 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +17,20 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from ideal.data import ExampleSet, collate
-from ideal.distributed import all_reduce_, rank, world_size
+from ideal.distributed import rank, world_size
 from ideal.draws import Draws
 from ideal.evaluation import EvaluationConfig, evaluate
-from ideal.mixers.controller import Controller, SteeredRound, StepStatistics
-from ideal.mixture import Mixture
+from ideal.influence.layers import tracked_layers
+from ideal.measures import agreed, clipped, gradient, inner, losses_of_rows, trained_losses
+from ideal.mixers.controller import Controller, Measurement, SteeredRound, StepStatistics
+from ideal.mixture import Mixture, row_order
 from ideal.objective import IGNORED, token_losses
 
 Row = tuple[int, int]
 """(domain, row of its pool); FILLER fills up."""
 FILLER: Row = (0, -1)
+TARGET_ROWS = 4
+"""Rows of each reference set that a step's gradients are compared with."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,16 @@ class Steering:
     """What a steered inner loop needs besides what every inner loop has.
 
     references: the reference sets, which some controllers have evaluated, with their weights w_r by name.
+    layers: patterns of the layers whose gradients are compared (`influence.layers`).
+    reference_model: the frozen model that losses are compared with, for controllers that measure excess losses.
     """
 
     controller: Controller
     references: Mapping[str, ExampleSet]
     weights: Mapping[str, float]
     evaluation: EvaluationConfig
+    layers: Sequence[str]
+    reference_model: Callable[[], AbstractContextManager[torch.nn.Module]] | None = None
 
 
 class Places(Dataset):
@@ -77,7 +86,7 @@ class SteeredRows:
         self.pools = [pools[name] for name in taking_part]
         sizes = np.array([domain.size for domain in taking_part.values()], dtype=np.float64)
         tokens = np.array([domain.trained_tokens for domain in taking_part.values()], dtype=np.float64)
-        self.passes, self.tokens_per_step = passes, tokens_per_step
+        self.steps, self.passes, self.tokens_per_step, self.seed = steps, passes, tokens_per_step, seed
         self.draws = Draws(
             {pool.name: pool.trained_tokens for pool in self.pools},
             tokens_per_step,
@@ -98,6 +107,64 @@ class SteeredRows:
             )
         )
 
+    def compare_with(self, model: torch.nn.Module, batch_size: int) -> None:
+        """Takes the reference model's loss of every token that will be drawn, once per row.
+
+        Only for controllers whose probabilities never change: which rows will be drawn is known then.
+        """
+        draws, needed = self.draws.fresh(), [set[int]() for _ in self.pools]
+        for _ in range(self.steps):
+            for domain, row in draws.next(self.controller.probabilities()):
+                needed[domain].add(row)
+        self.reference_losses = [
+            losses_of_rows(model, pool, np.array(sorted(rows), dtype=np.int64), batch_size, self.pad_id)
+            for pool, rows in zip(self.pools, needed, strict=True)
+        ]
+
+    def excess(self, model: torch.nn.Module, mine: list[Row], batch_size: int) -> np.ndarray:
+        """[n] summed max(loss - the reference model's, 0) of the rows of all ranks, of which `mine` are here."""
+        device = next(model.parameters()).device
+        sums = torch.zeros(len(self.pools), dtype=torch.float64, device=device)
+        for start in range(0, len(mine), batch_size):
+            rows = mine[start : start + batch_size]
+            for place, losses in zip(rows, trained_losses(model, self.batch(rows)), strict=True):
+                if place != FILLER:
+                    domain, row = place
+                    reference = self.reference_losses[domain][row].to(device)
+                    sums[domain] += (losses - reference).clamp(min=0).sum(dtype=torch.float64)
+        return agreed(sums).cpu().numpy()
+
+    def alignment(
+        self, model: torch.nn.Module, rows: list[Row], step: int, batch_size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """[n] <g_j, g_V> and [n] |g_j|, each gradient clipped to norm 1; 0 where the step has no row of a domain.
+
+        g_j: of the mean loss of domain j's rows in the step. g_V: sum_r w_r of the mean loss of the next
+        TARGET_ROWS of reference set r. Over the weights of the tracked layers.
+        """
+        steering = self.steering
+        layers = tracked_layers(model, steering.layers).values()
+        weights = [layer.weight for layer in layers if layer.weight.requires_grad]
+        target = []
+        for name, references in steering.references.items():
+            if steering.weights[name] > 0:
+                order = row_order(self.seed, name, len(references))
+                taken = order[((step - 1) * TARGET_ROWS + np.arange(TARGET_ROWS)) % len(order)]
+                scale = steering.weights[name] / references.trained_tokens[taken].sum()
+                target += [(references[int(row)], float(scale)) for row in taken]
+        towards = clipped(gradient(model, weights, target, batch_size, self.pad_id))[0]
+        alignment, norms = np.zeros(len(self.pools)), np.zeros(len(self.pools))
+        # One domain after the other: two gradients are held, not n + 1.
+        for domain, pool in enumerate(self.pools):
+            own = [row for j, row in rows if j == domain]
+            if own:
+                scale = 1 / pool.trained_tokens[own].sum()
+                found, norms[domain] = clipped(
+                    gradient(model, weights, [(pool[row], scale) for row in own], batch_size, self.pad_id)
+                )
+                alignment[domain] = inner(found, towards)
+        return alignment, norms
+
     def state(self) -> dict[str, Any]:
         """What a killed inner loop needs again, JSON-able."""
         return {"draws": self.draws.state(), "controller": self.controller.state()}
@@ -117,12 +184,17 @@ class SteeredRows:
             "trained_tokens": dict(zip(names, self.draws.tokens.tolist(), strict=True)),
         }
 
-    def batch(self, rows: Sequence[Row], weights: np.ndarray) -> dict[str, torch.Tensor]:
-        """The collated rows, with `domains` [rows] and `weights` [rows] of their losses; fillers weigh nothing."""
+    def batch(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The collated rows; fillers hold no trained token."""
         filler = {"input_ids": [self.pad_id], "labels": [IGNORED]}
-        found = [filler if place == FILLER else self.pools[place[0]][place[1]] for place in rows]
+        return collate(
+            [filler if place == FILLER else self.pools[place[0]][place[1]] for place in rows], self.pad_id
+        )
+
+    def training_batch(self, rows: Sequence[Row], weights: np.ndarray) -> dict[str, torch.Tensor]:
+        """The same with `domains` [rows] and the `weights` [rows] of their losses."""
         domains = torch.tensor([domain for domain, _ in rows])
-        return {**collate(found, self.pad_id), "domains": domains, "weights": torch.from_numpy(weights)[domains]}
+        return {**self.batch(rows), "domains": domains, "weights": torch.from_numpy(weights)[domains]}
 
 
 def dealt(rows: Sequence[Row], parts: int, part: int) -> list[Row]:
@@ -161,9 +233,28 @@ class SteeredTrainer(Trainer):
         rows = self.rows.draws.next(self.probabilities)
         parts = num_batches * world_size()
         mine = [dealt(rows, parts, number * world_size() + rank()) for number in range(num_batches)]
+        if controller.measures != "nothing":
+            controller.measured(self.measure(rows, [row for part in mine for row in part], step))
         weights = controller.loss_weights()
         # None: the loss is divided by a constant of the round, not by this step's tokens.
-        return [self.rows.batch(part, weights) for part in mine], None
+        return [self.rows.training_batch(part, weights) for part in mine], None
+
+    def measure(self, rows: list[Row], mine: list[Row], step: int) -> Measurement:
+        """What the controller asks for, on the rows of the step to come: all of them, of which `mine` are here."""
+        assert self.model is not None
+        mode, peak = self.model.training, self.args.learning_rate
+        self.model.eval()
+        excess = alignment = norms = None
+        if self.rows.controller.measures == "excess":
+            excess = self.rows.excess(self.model, mine, self.args.per_device_train_batch_size)
+        else:
+            alignment, norms = self.rows.alignment(self.model, rows, step, self.args.per_device_train_batch_size)
+        self.model.train(mode)
+        tokens = np.zeros(len(self.rows.pools))
+        for domain, row in rows:
+            tokens[domain] += self.rows.pools[domain].trained_tokens[row]
+        rate = self._get_learning_rate() / peak if peak else 0.0
+        return Measurement(tokens=tokens, excess=excess, alignment=alignment, norms=norms, rate=rate)
 
     def reference_losses(self) -> np.ndarray:
         """[R] of the model as it is now."""
@@ -207,7 +298,7 @@ class SteeredTrainer(Trainer):
 
     def step_statistics(self) -> StepStatistics:
         """What the step measured, over all ranks; the sums start again."""
-        losses, tokens, rows = all_reduce_(self.sums).T.cpu().numpy().copy()
+        losses, tokens, rows = agreed(self.sums).T.cpu().numpy().copy()
         self.sums.zero_()
         return StepStatistics(rows=rows, tokens=tokens, losses=losses)
 

@@ -302,30 +302,10 @@ def train(
     without it each step's rows follow from `mixture` alone.
     Raises UserError when the loss is not finite any more.
     """
-    round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
-    set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
-    arguments = training_arguments(config, checkpoints, round_seed)
     plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config, length)
-    arguments.max_steps = plan.steps
-    arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
     pad_id = int(tokenizer.pad_token_id)
-    model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
-    shared: dict[str, Any] = {
-        "model": model,
-        "args": arguments,
-        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
-    }
-    trainer: Trainer
-    if steering is None:
-        trainer = InnerLoopTrainer(
-            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
-            data_collator=lambda rows: collate(rows, pad_id),
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
-                summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
-            ),
-            **shared,
-        )
-    else:
+    rows = None
+    if steering is not None:
         rows = SteeredRows(
             steering,
             pools,
@@ -337,6 +317,31 @@ def train(
             pad_id=pad_id,
             seed=seed,
         )
+        if steering.reference_model is not None:
+            with steering.reference_model() as reference:
+                rows.compare_with(reference, steering.evaluation.batch_size)
+    round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
+    set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
+    arguments = training_arguments(config, checkpoints, round_seed)
+    arguments.max_steps = plan.steps
+    arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
+    model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
+    shared: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
+    }
+    trainer: Trainer
+    if rows is None:
+        trainer = InnerLoopTrainer(
+            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
+            data_collator=lambda rows: collate(rows, pad_id),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
+                summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
+            ),
+            **shared,
+        )
+    else:
         places = Places(plan.steps * config.global_batch_size)
         trainer = SteeredTrainer(rows=rows, log_step=log, train_dataset=places, **shared)
     trainer.remove_callback(transformers.PrinterCallback)

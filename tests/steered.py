@@ -3,6 +3,8 @@
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from inner_loops import ADAM, Case
 from ideal.distributed import rank
 from ideal.evaluation import EvaluationConfig
 from ideal.mixers.controller import Controller, SteeredRound
+from ideal.mixers.doremi import DoremiController
 from ideal.mixers.odm import OdmController
+from ideal.model import ModelConfig, load_model
 from ideal.online import Steering
 from ideal.training import TrainConfig, TrainingOutcome, training_arguments
 
@@ -44,7 +48,18 @@ def make_round(
     )
 
 
-CONTROLLERS: dict[str, Any] = {"odm": OdmController}
+def make_models(folder: Path) -> None:
+    """Those of inner_loops.py, and one that differs from its gpt2, for controllers that compare with another."""
+    inner_loops.make_models(folder)
+    model = load_model(ModelConfig(name_or_path=str(folder / "gpt2")), None, torch.float64)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder / "gpt2 reference")
+
+
+CONTROLLERS: dict[str, Any] = {"odm": OdmController, "doremi": DoremiController}
 ONE_STEP_FROM_THE_END = {**ADAM, "num_train_epochs": 4}
 
 
@@ -53,7 +68,19 @@ def run_steered(
 ) -> tuple[dict[str, torch.Tensor], TrainingOutcome]:
     """The weights that a steered inner loop ends with, and its outcome."""
     pools = inner_loops.make_pools()
-    steering = Steering(controller, pools, {"short": 0.5, "long": 0.5}, EvaluationConfig(batch_size=4))
+
+    @contextmanager
+    def reference_model() -> Iterator[torch.nn.Module]:
+        yield load_model(ModelConfig(name_or_path=str(models / "gpt2 reference")), None, torch.float64)
+
+    steering = Steering(
+        controller,
+        pools,
+        {"short": 0.5, "long": 0.5},
+        EvaluationConfig(batch_size=4),
+        ["lm_head"],
+        reference_model if controller.measures == "excess" else None,
+    )
     outcomes: list[TrainingOutcome] = []
     weights = inner_loops.run_case(models, case, out, log, steering=steering, outcomes=outcomes)
     return weights, outcomes[0]

@@ -27,7 +27,7 @@ TOKENS = sum(map(sum, inner_loops.ROWS.values()))
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    inner_loops.make_models(folder)
+    steered.make_models(folder)
     return folder
 
 

@@ -49,3 +49,16 @@ def test_a_domain_of_ratio_0_stays_out(data, tmp_path, quick):
     assert run(data, tmp_path / "run", **FEW, mixing__method="odm", mixing__ratios=ratios) == 0
     assert drawn(tmp_path / "run", 0)["rows"].keys() == {"math", "safety"}
     assert read(tmp_path / "run/mixture.json")["domains"]["reasoning"]["size"] == 0
+
+
+def test_doremi(data, tmp_path, quick):
+    """Reference, proxy, final model; the final mixture's shares are the proxy's mean weights."""
+    assert run(data, tmp_path / "run", **FEW, mixing__method="doremi") == 0
+    assert rounds(tmp_path / "run") == ["round_00", "round_01", "round_02"]
+    shares = drawn(tmp_path / "run", 1)["shares"]
+    assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) > 1e-3 / 3
+    first, last = (read(tmp_path / f"run/round_{number:02d}/mixture.json") for number in (0, 2))
+    assert last["domains"] != first["domains"]
+    for name in DOMAINS:
+        assert last["domains"][name]["share"] == pytest.approx(shares[name], abs=0.05)
+    assert read(tmp_path / "run/mixture.json")["round"] in (0, 2), "a proxy is no result"

@@ -2,10 +2,11 @@
 
 from ideal.mixers.base import Mixer, MixingConfig, RoundResult, Setup, Step
 from ideal.mixers.controller import Controller
+from ideal.mixers.doremi import Doremi
 from ideal.mixers.ideal import Ideal
 from ideal.mixers.odm import Odm
 from ideal.mixers.static import Joint, Uniform
 
-MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform, "odm": Odm}
+MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform, "odm": Odm, "doremi": Doremi}
 
 __all__ = ["MIXERS", "Controller", "Mixer", "MixingConfig", "RoundResult", "Setup", "Step"]
