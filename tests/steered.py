@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from inner_loops import ADAM, Case
 
 from ideal.distributed import rank
 from ideal.evaluation import EvaluationConfig
+from ideal.mixers.aioli import AioliController
 from ideal.mixers.controller import Controller, SteeredRound
+from ideal.mixers.doge import DogeController
 from ideal.mixers.doremi import DoremiController
 from ideal.mixers.odm import OdmController
+from ideal.mixers.skillit import SkillitController
 from ideal.model import ModelConfig, load_model
 from ideal.online import Steering
 from ideal.training import TrainConfig, TrainingOutcome, training_arguments
@@ -59,8 +63,15 @@ def make_models(folder: Path) -> None:
     model.save_pretrained(folder / "gpt2 reference")
 
 
-CONTROLLERS: dict[str, Any] = {"odm": OdmController, "doremi": DoremiController}
-ONE_STEP_FROM_THE_END = {**ADAM, "num_train_epochs": 4}
+GRAPH = {"short": {"short": 0.5, "long": 0.0}, "long": {"short": 0.1, "long": 0.3}}
+CONTROLLERS: dict[str, Any] = {
+    "odm": OdmController,
+    "doremi": DoremiController,
+    "doge": DogeController,
+    "skillit": partial(SkillitController, GRAPH, 4),
+    "aioli": partial(AioliController, 0, 2),
+}
+FOUR_PASSES = {**ADAM, "num_train_epochs": 4}
 
 
 def run_steered(
@@ -91,7 +102,7 @@ def main(models: Path, out: Path) -> None:
     training_arguments(TrainConfig(2, {"use_cpu": True, "per_device_train_batch_size": 1}), out, 0)
     for name, make in CONTROLLERS.items():
         for per_device in (1, 2):
-            case = Case("gpt2", 4, per_device, ONE_STEP_FROM_THE_END)
+            case = Case("gpt2", 4, per_device, FOUR_PASSES)
             weights, outcome = run_steered(models, make(), case, out / f"{name}{per_device}")
             torch.save(weights, out / f"{name}{per_device}.rank{rank()}.pt")
             (out / f"{name}{per_device}.rank{rank()}.json").write_text(json.dumps(outcome.observed))

@@ -13,11 +13,12 @@ import pytest
 import steered
 import torch
 from inner_loops import SGD, Case, make_pools
-from steered import CONTROLLERS, ONE_STEP_FROM_THE_END, run_steered
+from steered import CONTROLLERS, FOUR_PASSES, run_steered
 from transformers import AutoModelForCausalLM
 
 from ideal.draws import Draws
-from ideal.mixers.controller import Controller, StepStatistics
+from ideal.mixers.controller import Controller, Measurement, StepStatistics
+from ideal.mixture import row_order
 from ideal.objective import summed_token_loss
 from ideal.online import FILLER, dealt, pieces
 
@@ -34,7 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("one_process")
-    case = Case("gpt2", 4, 4, ONE_STEP_FROM_THE_END)
+    case = Case("gpt2", 4, 4, FOUR_PASSES)
     return {name: run_steered(models, make(), case, out / name) for name, make in CONTROLLERS.items()}
 
 
@@ -122,7 +123,7 @@ def test_weights_and_statistics_are_those_of_plain_autograd(models, tmp_path):
 def test_ranks_and_accumulation_change_nothing(name, models, one_process, two_ranks, tmp_path):
     """4 rows at once, 1 at a time with accumulation, on two ranks without and with accumulation."""
     weights, outcome = one_process[name]
-    accumulated = run_steered(models, CONTROLLERS[name](), Case("gpt2", 4, 1, ONE_STEP_FROM_THE_END), tmp_path)
+    accumulated = run_steered(models, CONTROLLERS[name](), Case("gpt2", 4, 1, FOUR_PASSES), tmp_path)
     assert_same(accumulated[0], weights)
     assert_same_observed(accumulated[1].observed, outcome.observed)
     for per_device in (1, 2):
@@ -144,7 +145,7 @@ def test_killed_steered_loop_continues(name, models, one_process, tmp_path):
         if step == 8:
             raise Killed
 
-    case = Case("gpt2", 4, 4, {**ONE_STEP_FROM_THE_END, "save_strategy": "steps", "save_steps": 5})
+    case = Case("gpt2", 4, 4, {**FOUR_PASSES, "save_strategy": "steps", "save_steps": 5})
     with pytest.raises(Killed):
         run_steered(models, CONTROLLERS[name](), case, tmp_path, log=kill)
     assert (tmp_path / "checkpoints" / "checkpoint-5").is_dir()
@@ -173,3 +174,69 @@ def test_pieces_hold_few_rows_and_no_needless_padding():
     cut = pieces(batch, 2)
     assert [tuple(part["input_ids"].shape) for part in cut] == [(2, 3), (1, 5)]
     assert [len(part["weights"]) for part in cut] == [2, 1]
+
+
+class Watching(Fixed):
+    """Keeps what it is told of each step to come."""
+
+    def __init__(self, what: Any) -> None:
+        super().__init__([0.5, 0.5], [1.0, 1.0])
+        self.measures = what
+        self.told: list[Measurement] = []
+
+    def measured(self, measurement: Measurement) -> None:
+        self.told.append(measurement)
+
+
+def first_step(models: Path, what: str, out: Path) -> tuple[Measurement, list[tuple[int, int]], torch.nn.Module]:
+    """What is measured before the first step, the step's rows, and the model."""
+    controller = Watching(what)
+    run_steered(models, controller, Case("gpt2", 4, 2, {**SGD, "max_steps": 1}), out)
+    tokens = {name: pool.trained_tokens for name, pool in make_pools().items()}
+    rows = Draws(tokens, TOKENS / 3, inner_loops.SEED, 0).next(controller.p)
+    model = AutoModelForCausalLM.from_pretrained(models / "gpt2", dtype=torch.float64)
+    return controller.told[0], rows, model
+
+
+def losses_of(model: torch.nn.Module, example: dict[str, list[int]]) -> torch.Tensor:
+    """Each trained token's loss, without the package's."""
+    logits = model(input_ids=torch.tensor([example["input_ids"]])).logits[0].log_softmax(-1)
+    return torch.stack([-logits[k - 1, label] for k, label in enumerate(example["labels"]) if label != -100])
+
+
+def test_excess_is_clipped_token_by_token_and_then_summed(models, tmp_path):
+    found, rows, model = first_step(models, "excess", tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(models / "gpt2 reference", dtype=torch.float64)
+    expected, unclipped, tokens = np.zeros(2), np.zeros(2), np.zeros(2)
+    for domain, row in rows:
+        example = list(make_pools().values())[domain][row]
+        difference = (losses_of(model, example) - losses_of(reference, example)).detach()
+        expected[domain] += difference.clamp(min=0).sum().item()
+        unclipped[domain] += difference.sum().clamp(min=0).item()
+        tokens[domain] += len(difference)
+    np.testing.assert_allclose(found.excess, expected, rtol=1e-10)
+    np.testing.assert_array_equal(found.tokens, tokens)
+    assert expected[1] > 1.05 * unclipped[1], "the case must tell the order of clip and sum"
+
+
+def test_alignment_is_that_of_explicit_gradients(models, tmp_path):
+    """Mean loss of each domain's rows, sum_r w_r mean loss of the target's, clipped to norm 1."""
+    found, rows, model = first_step(models, "alignment", tmp_path)
+    pools = list(make_pools().values())
+    weight = model.get_output_embeddings().weight
+
+    def clipped_gradient(sums: list[tuple[float, list[torch.Tensor]]]) -> torch.Tensor:
+        loss = sum(w * torch.cat(parts).mean() for w, parts in sums)
+        (gradient,) = torch.autograd.grad(loss, [weight])
+        return gradient / max(gradient.norm().item(), 1.0)
+
+    target = []
+    for pool in pools:
+        order = row_order(inner_loops.SEED, pool.name, len(pool))[:4]
+        target.append((0.5, [losses_of(model, pool[int(row)]) for row in order]))
+    towards = clipped_gradient(target)
+    for domain, pool in enumerate(pools):
+        own = clipped_gradient([(1.0, [losses_of(model, pool[row]) for d, row in rows if d == domain])])
+        assert found.alignment[domain] == pytest.approx((own * towards).sum().item(), rel=1e-9)
+        assert found.norms[domain] == pytest.approx(own.norm().item(), rel=1e-9)
+    assert found.rate == 1.0

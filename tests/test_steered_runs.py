@@ -62,3 +62,15 @@ def test_doremi(data, tmp_path, quick):
     for name in DOMAINS:
         assert last["domains"][name]["share"] == pytest.approx(shares[name], abs=0.05)
     assert read(tmp_path / "run/mixture.json")["round"] in (0, 2), "a proxy is no result"
+
+
+def test_doge(data, tmp_path, quick):
+    """A proxy, then the final model on its mean weights."""
+    assert run(data, tmp_path / "run", **FEW, mixing__method="doge") == 0
+    assert rounds(tmp_path / "run") == ["round_00", "round_01"]
+    shares = drawn(tmp_path / "run", 0)["shares"]
+    last = read(tmp_path / "run/round_01/mixture.json")
+    assert last["domains"] != read(tmp_path / "run/round_00/mixture.json")["domains"]
+    for name in DOMAINS:
+        assert last["domains"][name]["share"] == pytest.approx(shares[name], abs=0.05)
+    assert read(tmp_path / "run/mixture.json")["round"] == 1, "a proxy is no result"

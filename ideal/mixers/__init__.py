@@ -1,12 +1,24 @@
 """Mixers: methods that turn what is known after a round into the next ratios."""
 
+from ideal.mixers.aioli import Aioli
 from ideal.mixers.base import Mixer, MixingConfig, RoundResult, Setup, Step
 from ideal.mixers.controller import Controller
+from ideal.mixers.doge import Doge
 from ideal.mixers.doremi import Doremi
 from ideal.mixers.ideal import Ideal
 from ideal.mixers.odm import Odm
+from ideal.mixers.skillit import Skillit
 from ideal.mixers.static import Joint, Uniform
 
-MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform, "odm": Odm, "doremi": Doremi}
+MIXERS: dict[str, type[Mixer]] = {
+    "ideal": Ideal,
+    "joint": Joint,
+    "uniform": Uniform,
+    "doremi": Doremi,
+    "doge": Doge,
+    "odm": Odm,
+    "skillit": Skillit,
+    "aioli": Aioli,
+}
 
 __all__ = ["MIXERS", "Controller", "Mixer", "MixingConfig", "RoundResult", "Setup", "Step"]

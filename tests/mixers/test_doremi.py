@@ -58,7 +58,10 @@ def test_a_domain_missing_from_a_step_keeps_its_score():
 
 
 def output(shares: list[float], last: list[float] | None = None) -> dict[str, dict[str, float]]:
-    return {"shares": dict(zip("abc", shares, strict=True)), "last_weights": dict(zip("abc", last or shares, strict=True))}
+    return {
+        "shares": dict(zip("abc", shares, strict=True)),
+        "last_weights": dict(zip("abc", last or shares, strict=True)),
+    }
 
 
 def test_complaints():
