@@ -144,6 +144,8 @@ def _check_across_groups(config: Config) -> None:
         raise UserError(
             "mixing.budget: free has no meaning where train.max_steps fixes the volume; set mixing.budget to fixed"
         )
+    if config.train.arguments.get("fsdp") and MIXERS[method].whole_gradients:
+        raise UserError(f"train.fsdp: {method} compares whole gradients, which sharded weights lack; leave it out")
     if config.mixing.start == "continue" and not MIXERS[method].successive:
         raise UserError(
             f"mixing.start: the rounds of {method} stand beside each other, each from the base model; leave it at base"

@@ -74,3 +74,32 @@ def test_doge(data, tmp_path, quick):
     for name in DOMAINS:
         assert last["domains"][name]["share"] == pytest.approx(shares[name], abs=0.05)
     assert read(tmp_path / "run/mixture.json")["round"] == 1, "a proxy is no result"
+
+
+def test_skillit(data, tmp_path, quick):
+    """A short round on each domain alone, then the steered one."""
+    assert run(data, tmp_path / "run", **FEW, mixing__method="skillit") == 0
+    assert rounds(tmp_path / "run") == [f"round_{number:02d}" for number in range(4)]
+    for number, name in enumerate(DOMAINS):
+        domains = read(tmp_path / f"run/round_{number:02d}/mixture.json")["domains"]
+        assert [other for other in DOMAINS if domains[other]["size"]] == [name]
+        before = read(tmp_path / "run/base/evaluation.json")["reference_loss"]
+        after = read(tmp_path / f"run/round_{number:02d}/evaluation.json")["reference_loss"]
+        for capability in DOMAINS:
+            expected = (before[capability] - after[capability]) / before[capability]
+            assert drawn(tmp_path / "run", 3)["graph"][name][capability] == pytest.approx(expected)
+    assert read(tmp_path / "run/mixture.json")["round"] == 3
+
+
+def test_aioli(data, tmp_path, quick):
+    assert run(data, tmp_path / "run", **{**FEW, "train__num_train_epochs": 3}, mixing__method="aioli") == 0
+    assert rounds(tmp_path / "run") == ["round_00"]
+    observed = drawn(tmp_path / "run", 0)
+    assert sum(observed["probabilities"].values()) == pytest.approx(1)
+    total = sum(sum(row.values()) for row in observed["coefficients"].values())
+    assert total == pytest.approx(1)
+
+
+def test_doge_refuses_sharded_weights(data, tmp_path, capsys):
+    assert run(data, tmp_path / "run", **FEW, mixing__method="doge", train__fsdp="full_shard") == 2
+    assert capsys.readouterr().err.startswith("error: train.fsdp: doge ")

@@ -101,6 +101,8 @@ class Mixer:
     needs_influence: ClassVar[bool] = False
     has_budget: ClassVar[bool] = False
     """Whether mixing.budget is this method's business; all others hold the start's trained tokens."""
+    whole_gradients: ClassVar[bool] = False
+    """Whether a controller measures gradients, which train.fsdp does not allow."""
     successive: ClassVar[bool] = True
     """Whether each round is meant to be better than the one before. If so mixing.patience may end the run and
     mixing.start may continue a model; if not, rounds are tries that stand beside each other."""

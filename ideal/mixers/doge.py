@@ -77,6 +77,7 @@ class DogeController(Controller):
 class Doge(Mixer):
     """Proxies, each from the last one's output, then the final model: mixing.rounds + 1 inner loops."""
 
+    whole_gradients = True
     successive = False
     extends = False
 
