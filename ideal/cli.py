@@ -33,6 +33,7 @@ from ideal.loop import (
     run_loop,
 )
 from ideal.machine import PlanConfig, machine_of
+from ideal.mixers import MIXERS
 from ideal.mixture import Mixture
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.plan import CannotPlan, DataSizes, long_text, make_plan, short_text
@@ -111,7 +112,7 @@ def check_folder(folder: RunFolder, command: Command) -> None:
         return
     if command.stage != "run" and folder.state.is_file():
         raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
-    folder.check(dump(command.config), flat)
+    folder.check(dump(command.config), flat, MIXERS[command.config.mixing.method].extends)
 
 
 def header() -> str:

@@ -84,26 +84,34 @@ def run_loop(run: Run) -> None:
     """All rounds, resumed behind the last finished phase; ends with the best round's model and the report."""
     base = evaluate_base(run)
     say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
-    mixer, rounds, results = run.mixer, run.config.mixing.rounds, list[RoundResult]()
+    mixer, results = run.mixer, list[RoundResult]()
+    last = mixer.last_round()
     step: Step | None = None
-    reason = f"outer steps taken: {rounds} of {rounds}"
-    for number in range(rounds + 1):
+    reason = end_in_words(mixer, last)
+    for number in range(last + 1):
         here = run.folder.round(number)
         mixture = mixture_of_round(run, here, results, step)
-        train_round(run, here, mixture)
+        train_round(run, here, mixture, results)
         evaluation = evaluate_round(run, here)
         mixture = as_drawn(run, here, mixture)
         stop = stop_reason(run, number)
         matrix = None
-        if mixer.needs_influence and number < rounds and not stop:
+        if mixer.needs_influence and number < last and not stop:
             matrix = influence_of_round(run, here, mixture)
         results.append(result_of(run, number, mixture, evaluation, matrix))
-        step = mixer.propose(results) if number < rounds and not stop else None
+        step = mixer.propose(results) if number < last and not stop else None
         finish_round(run, here, step)
         if step is None:
-            reason = stop or (reason if number == rounds else f"{run.config.mixing.method} keeps its mixture")
+            reason = stop or reason
             break
     finish_run(run, reason)
+
+
+def end_in_words(mixer: Mixer, last: int) -> str:
+    """Why a run ends that nothing stops before its last round."""
+    if not mixer.moves():
+        return f"{mixer.config.method} takes one round"
+    return f"outer steps taken: {last} of {last}" if mixer.successive else f"{mixer.config.method} is through"
 
 
 def evaluate_base(run: Run) -> dict[str, Any]:
@@ -169,31 +177,39 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
     )
 
 
-def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
-    """The inner loop, unless its model or everything that follows from it is there."""
+def train_round(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
+    """The inner loop after `results`, unless its model or everything that follows from it is there."""
     needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
     if needs_model and not exists(here.model):
-        train_model(run, here, mixture)
+        train_model(run, here, mixture, results)
 
 
-def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
-    """The inner loop; if it continues from a model that was not kept, that one is trained again first."""
-    start = None
+def model_of(run: Run, number: int, results: list[RoundResult]) -> Path:
+    """The trained model of an earlier round; trained again first where it was not kept."""
+    before = run.folder.round(number)
+    if find_model(run, before) is None:
+        train_model(run, before, mixture_of_round(run, before, [], None), results[:number])
+    found = find_model(run, before)
+    assert found is not None, "it has just been trained"
+    return found
+
+
+def train_model(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
+    """The inner loop after `results`, the rounds before."""
+    mixer, start = run.mixer, None
     if run.config.mixing.start == "continue" and here.number:
-        before = run.folder.round(here.number - 1)
-        if find_model(run, before) is None:
-            train_model(run, before, mixture_of_round(run, before, [], None))
-        start = find_model(run, before)
+        start = model_of(run, here.number - 1, results)
     say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
     partial = here.path / "model.part"
     if is_main():
         remove(partial)
     barrier()
-    inner_loops = run.config.mixing.rounds + 1 - here.number
+    lengths = [mixer.length(number) for number in range(here.number, mixer.last_round() + 1)]
+    remaining = sum(lengths) / lengths[0]
 
     def on_step_time(seconds: float, steps: int) -> None:
         say(f"a step takes {seconds:.2f} s: about {duration(seconds * steps)} for this inner loop, "
-            f"{duration(seconds * steps * inner_loops)} for all that remain, outer steps not counted")  # fmt: skip
+            f"{duration(seconds * steps * remaining)} for all that remain, outer steps not counted")  # fmt: skip
 
     outcome = train(
         run.config.model,
@@ -207,27 +223,25 @@ def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
         seed=run.config.seed,
         log=lambda step, values: run.folder.log("train", values, round=here.number, step=step),
         on_step_time=on_step_time,
-        steering=steering_of(run, here),
+        length=mixer.length(here.number),
+        steering=steering_of(run, here, results),
     )
     if is_main():
-        write_json(here.training, asdict(outcome))
+        write_json(here.training, {**asdict(outcome), "is_result": mixer.is_result(here.number)})
         os.replace(partial, here.model)
         remove(here.checkpoints)
     run.folder.log("train", {"seconds": outcome.seconds}, round=here.number, step=outcome.steps)
     barrier()
 
 
-def steering_of(run: Run, here: RoundFolder) -> Steering | None:
+def steering_of(run: Run, here: RoundFolder, results: list[RoundResult]) -> Steering | None:
     """What steers this round's inner loop from within, if anything does."""
-    before = [run.folder.round(number) for number in range(here.number)]
-    results = [
-        result_of(run, folder.number, mixture_of_round(run, folder, [], None), read_json(folder.evaluation), None)
-        for folder in before
-    ]
     controller = run.mixer.controller(here.number, results)
     if controller is None:
         return None
     reads = run.mixer.reads(here.number)
+    for number in reads:
+        model_of(run, number, results)
     return Steering(
         controller,
         run.data.references,
@@ -264,7 +278,7 @@ def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
         write_json(here.evaluation, evaluation)
         barrier()
     evaluation = dict(read_json(here.evaluation))
-    if here.training.is_file():
+    if here.training.is_file() and run.mixer.needs_influence:
         warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
 
@@ -419,6 +433,8 @@ def result_of(
 
 def stop_reason(run: Run, number: int) -> str | None:
     """Why the run should end after round `number`, None if it should not."""
+    if not run.mixer.successive:
+        return None
     losses = [read_json(run.folder.round(r).evaluation)["Q"] for r in range(number + 1)]
     best = int(np.argmin(losses))
     if number - best < run.config.mixing.patience:
@@ -426,17 +442,20 @@ def stop_reason(run: Run, number: int) -> str | None:
     return f"Q of round {number} ({losses[number]:.4f}) is not below round {best}'s ({losses[best]:.4f})"
 
 
-def best_round(run: Run) -> int:
-    """The finished round of lowest Q on the reference sets, the earliest of equal ones."""
-    losses: list[float] = []
-    while run.folder.round(len(losses)).evaluation.is_file():
-        losses.append(read_json(run.folder.round(len(losses)).evaluation)["Q"])
-    return int(np.argmin(losses))
+def best_round(run: Run) -> int | None:
+    """The evaluated round of lowest Q on the reference sets, the earliest of equal ones, among those whose model
+    may be the result; None before there is one."""
+    mixer, losses = run.mixer, dict[int, float]()
+    for number in range(mixer.last_round() + 1):
+        evaluation = run.folder.round(number).evaluation
+        if mixer.is_result(number) and evaluation.is_file():
+            losses[number] = read_json(evaluation)["Q"]
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def needs_influence(run: Run, here: RoundFolder) -> bool:
     """Whether this round's influence is wanted and not there yet."""
-    wanted = run.mixer.needs_influence and here.number < run.config.mixing.rounds
+    wanted = run.mixer.needs_influence and here.number < run.mixer.last_round()
     return wanted and stop_reason(run, here.number) is None and not exists(here.influence)
 
 
@@ -451,8 +470,13 @@ def find_model(run: Run, here: RoundFolder) -> Path | None:
 
 
 def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
-    """Renames the round's folder, prints its table, and drops models that nothing needs any more."""
+    """Notes the step, renames the round's folder, prints its table, and drops models that nothing needs any more."""
     new = not exists(here.complete_path)
+    if step is not None:
+        for text in step.warnings:
+            run.warn(text)
+        if step.information:
+            write_json(here.step, _plain(dict(step.information)))
     here.finish()
     barrier()
     best = best_round(run)
@@ -463,15 +487,22 @@ def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
             following = next_mixture(run, here.number + 1, step).to_json() if step else None
             say("\n" + round_table(load_run(run.folder.path), here.number, following) + "\n")
         if run.config.keep_models == "final":
-            for number in range(here.number):
-                if number != best:
-                    remove(run.folder.round(number).model)
+            drop_models(run, here.number, best)
     barrier()
+
+
+def drop_models(run: Run, number: int, best: int | None) -> None:
+    """Removes the models of the rounds before `number` but the best one's and those that a later round reads."""
+    mixer = run.mixer
+    needed = {before for later in range(number + 1, mixer.last_round() + 1) for before in mixer.reads(later)}
+    for before in set(range(number)) - needed - {best}:
+        remove(run.folder.round(before).model)
 
 
 def finish_run(run: Run, reason: str) -> None:
     """The best round's mixture and model to the top of the folder, exports, report, and a last word."""
     best = best_round(run)
+    assert best is not None, "a method's last round is a result"
     here = run.folder.round(best)
     source = find_model(run, here)
     if is_main():

@@ -186,8 +186,8 @@ class RoundPlan:
         """The plan for an epoch of `rows` examples holding `trained_tokens`; `length`: the part of all its steps."""
         steps_per_epoch = math.ceil(rows / config.global_batch_size)
         epochs = config.arguments.get("num_train_epochs", TRAINER_KEYS["num_train_epochs"].default)
-        whole = config.max_steps or epochs * steps_per_epoch
-        return RoundPlan(steps_per_epoch, max(1, math.ceil(length * whole)), trained_tokens / steps_per_epoch)
+        whole = config.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
+        return RoundPlan(steps_per_epoch, math.ceil(length * whole), trained_tokens / steps_per_epoch)
 
 
 class RoundRows(Dataset):

@@ -188,6 +188,21 @@ class Watching(Fixed):
         self.told.append(measurement)
 
 
+def test_weights_act_in_the_step_that_was_measured_for_them(models, tmp_path):
+    """Set when the step's rows are measured, they are in its gradients."""
+
+    class Late(Watching):
+        def measured(self, measurement: Measurement) -> None:
+            self.w = np.array([3.0, 0.25])
+
+    case = Case("gpt2", 4, 2, {**SGD, "max_steps": 1})
+    late, _ = run_steered(models, Late("excess"), case, tmp_path / "late")
+    known, _ = run_steered(models, Fixed([0.5, 0.5], [3.0, 0.25]), case, tmp_path / "known")
+    other, _ = run_steered(models, Fixed([0.5, 0.5], [1.0, 1.0]), case, tmp_path / "other")
+    assert_same(late, known, 1e-12)
+    assert max((known[name] - other[name]).abs().max() for name in known) > 1e-3
+
+
 def first_step(models: Path, what: str, out: Path) -> tuple[Measurement, list[tuple[int, int]], torch.nn.Module]:
     """What is measured before the first step, the step's rows, and the model."""
     controller = Watching(what)
