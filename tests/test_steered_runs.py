@@ -5,7 +5,7 @@ from typing import Any
 
 import miniature
 import pytest
-from miniature import DOMAINS, make_data, read, run
+from miniature import DOMAINS, arguments, make_data, read, run, start, torchrun
 
 FEW = {"data__max_examples": 16, "train__num_train_epochs": 2, "mixing__rounds": 1}
 
@@ -103,3 +103,14 @@ def test_aioli(data, tmp_path, quick):
 def test_doge_refuses_sharded_weights(data, tmp_path, capsys):
     assert run(data, tmp_path / "run", **FEW, mixing__method="doge", train__fsdp="full_shard") == 2
     assert capsys.readouterr().err.startswith("error: train.fsdp: doge ")
+
+
+def test_doremi_on_two_processes(data, tmp_path, quick):
+    """The whole of it, the reference model's losses included: as one process finds it, to float32's rounding."""
+    done = start(torchrun() + arguments(data, tmp_path / "two", **FEW, mixing__method="doremi"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(data, tmp_path / "one", **FEW, mixing__method="doremi") == 0
+    one, two = (drawn(tmp_path / name, 1) for name in ("one", "two"))
+    assert one["rows"] == two["rows"] and one["shares"] == pytest.approx(two["shares"], rel=1e-3)
+    for name in ("one", "two"):
+        assert not [*(tmp_path / name).glob("round_*/model")], "no model stays that was read once"
