@@ -39,7 +39,8 @@ probabilities = st.lists(st.floats(0, 1), min_size=2, max_size=6).filter(lambda 
 
 
 @given(st.lists(st.tuples(probabilities, st.integers(1, 40)), min_size=1, max_size=5))
-def test_what_is_owed_stays_below_a_row_and_adds_up_to_nothing(steps):
+def test_what_is_owed_stays_bounded_and_adds_up_to_nothing(steps):
+    """No domain is owed more than the n - 1 others can be ahead, a row each."""
     n = len(steps[0][0])
     carry = np.zeros(n)
     for given_p, total in steps:
