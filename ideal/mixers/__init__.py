@@ -2,8 +2,19 @@
 
 from ideal.mixers.base import Controller, Mixer, MixingConfig, RoundResult, Setup, Step
 from ideal.mixers.ideal import Ideal
-from ideal.mixers.static import Joint, Uniform
+from ideal.mixers.loss import Loss
+from ideal.mixers.random import Random
+from ideal.mixers.specific import Specific
+from ideal.mixers.static import Joint, Temperature, Uniform
 
-MIXERS: dict[str, type[Mixer]] = {"ideal": Ideal, "joint": Joint, "uniform": Uniform}
+MIXERS: dict[str, type[Mixer]] = {
+    "ideal": Ideal,
+    "joint": Joint,
+    "uniform": Uniform,
+    "temperature": Temperature,
+    "loss": Loss,
+    "specific": Specific,
+    "random": Random,
+}
 
 __all__ = ["MIXERS", "Controller", "Mixer", "MixingConfig", "RoundResult", "Setup", "Step"]
