@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -404,6 +405,28 @@ def test_loss_starts_from_the_base_models_losses(data, tmp_path, quick):
             assert abs(domain["share"] - expected) * mixture["total_tokens"] <= 64
     assert run(data, tmp_path / "mix", stage="mix", **few) == 0
     assert read(tmp_path / "mix/mixture.json")["domains"] == first["domains"]
+
+
+def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys):
+    few = {"mixing__method": "regmix", "data__max_examples": 16}
+    assert run(data, tmp_path / "run", **few, mixing__rounds=4) == 2
+    assert "mixing.rounds: regmix cannot learn from 4 proxy runs" in capsys.readouterr().err
+    assert run(data, tmp_path / "run", **few, mixing__rounds=5) == 0
+    out = capsys.readouterr().out
+    assert "inner loops: 1 of 6 steps, 5 of 2 steps" in out and "Result: round 5." in out
+    training = [read(path) for path in sorted((tmp_path / "run").glob("round_*/training.json"))]
+    rows = [sum(d["size"] for d in m["domains"].values()) for m in mixtures(tmp_path / "run")]
+    steps = [math.ceil(math.ceil(count / 8) * part) for count, part in zip(rows, [0.25] * 5 + [1], strict=True)]
+    assert [(t["steps"], t["is_result"]) for t in training] == list(zip(steps, [False] * 5 + [True], strict=True))
+    assert read(tmp_path / "run/mixture.json")["round"] == read(tmp_path / "run/state.json")["best_round"] == 5
+    step = read(tmp_path / "run/round_04/step.json")
+    assert list(step["held_out_spearman"]) == list(DOMAINS) and not (tmp_path / "run/round_03/step.json").exists()
+    shares = [d["share"] for d in read(tmp_path / "run/mixture.json")["domains"].values()]
+    total = read(tmp_path / "run/mixture.json")["total_tokens"]
+    longest = max(row["longest"] for row in read(tmp_path / "run/data.json"))
+    # Each domain's tokens are right to half of its longest example, and so is the total they are divided by, to three.
+    np.testing.assert_allclose(shares, list(step["shares"].values()), atol=2 * longest / total)
+    assert run(data, tmp_path / "run", stage="report", **few, mixing__rounds=5) == 0
 
 
 def test_lora_run_ends_with_a_plain_model(data, tmp_path, quick):

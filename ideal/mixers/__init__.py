@@ -4,6 +4,7 @@ from ideal.mixers.base import Controller, Mixer, MixingConfig, RoundResult, Setu
 from ideal.mixers.ideal import Ideal
 from ideal.mixers.loss import Loss
 from ideal.mixers.random import Random
+from ideal.mixers.regmix import RegMix
 from ideal.mixers.specific import Specific
 from ideal.mixers.static import Joint, Temperature, Uniform
 
@@ -15,6 +16,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "loss": Loss,
     "specific": Specific,
     "random": Random,
+    "regmix": RegMix,
 }
 
 __all__ = ["MIXERS", "Controller", "Mixer", "MixingConfig", "RoundResult", "Setup", "Step"]

@@ -18,10 +18,10 @@ class MixingConfig:
 
     method: str = "ideal"
     """which mixer (docs/methods.md): ideal (influence); joint (sizes as they are), uniform, temperature, loss (shares
-    by reference loss); specific (each domain alone), random (several draws)"""
+    by reference loss); specific (each domain alone), random (several draws), regmix (regression on short runs)"""
     rounds: Annotated[int, Field(ge=0)] = 2
     """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss: outer steps;
-    random: further draws; joint, uniform, temperature: never; specific: once per domain"""
+    random: further draws; regmix: proxy runs; joint, uniform, temperature: never; specific: once per domain"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """m: the largest relative change of a domain's volume in one outer step"""
     step: Literal["fixed"] = "fixed"
@@ -34,6 +34,8 @@ class MixingConfig:
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
     patience: Annotated[int, Field(ge=1)] = 1
     """stop after this many rounds in a row without a lower Q than the best before; ideal and loss"""
+    proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """the part of an inner loop's optimizer steps that a proxy run of regmix takes"""
     temperature: Annotated[float, Field(gt=0)] = 2.0
     """temperature's T: sizes in proportion to the start's sizes to the power 1/T; 1: joint, large: uniform"""
 
