@@ -26,6 +26,7 @@ from ideal.errors import UserError
 from ideal.loop import (
     Run,
     estimate_influence,
+    evaluate_base,
     first_mixture,
     given_mixture,
     influence_json,
@@ -241,9 +242,16 @@ def plan_stage(
     say(together(text))
 
 
+def mixture_of_stage(run: Run) -> Mixture:
+    """Round 0's mixture, for a stage that runs no loop."""
+    if run.mixer.needs_base_loss:
+        evaluate_base(run)
+    return first_mixture(run)
+
+
 def influence_stage(run: Run) -> None:
     """`--stage influence`: the matrix of the given model on the given data, no training."""
-    mixture = first_mixture(run)
+    mixture = mixture_of_stage(run)
     with loaded_model(run, None) as model:
         influence = estimate_influence(run, model, mixture)
     content = influence_json(run, influence)
@@ -259,7 +267,7 @@ def influence_stage(run: Run) -> None:
 
 def mix_stage(run: Run) -> None:
     """`--stage mix`: the mixture that the given ratios give, as mixture.json and as data."""
-    mixture = first_mixture(run)
+    mixture = mixture_of_stage(run)
     write_json(run.folder.mixture, mixture.to_json())
     if is_main():
         export_mixture(run.folder.path, run.data.pools, {n: d.counts for n, d in mixture.domains.items()})

@@ -6,14 +6,23 @@ from ideal.mixers.controller import Controller
 from ideal.mixers.doge import Doge
 from ideal.mixers.doremi import Doremi
 from ideal.mixers.ideal import Ideal
+from ideal.mixers.loss import Loss
 from ideal.mixers.odm import Odm
+from ideal.mixers.random import Random
+from ideal.mixers.regmix import RegMix
 from ideal.mixers.skillit import Skillit
-from ideal.mixers.static import Joint, Uniform
+from ideal.mixers.specific import Specific
+from ideal.mixers.static import Joint, Temperature, Uniform
 
 MIXERS: dict[str, type[Mixer]] = {
     "ideal": Ideal,
     "joint": Joint,
     "uniform": Uniform,
+    "temperature": Temperature,
+    "loss": Loss,
+    "specific": Specific,
+    "random": Random,
+    "regmix": RegMix,
     "doremi": Doremi,
     "doge": Doge,
     "odm": Odm,

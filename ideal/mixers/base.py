@@ -18,9 +18,13 @@ class MixingConfig:
     __pydantic_config__ = STRICT
 
     method: str = "ideal"
-    """which mixer: ideal (influence), joint (sizes as they are), uniform (as many examples of every domain)"""
+    """which mixer (docs/methods.md): ideal (influence); joint (sizes as they are), uniform, temperature, loss (shares
+    by reference loss); specific (each domain alone), random (several draws), regmix (regression on short runs);
+    doremi, doge (weights learned by a proxy); odm, skillit, aioli (revised while the model trains)"""
     rounds: Annotated[int, Field(ge=0)] = 2
-    """how often the mixture is revised; ideal: outer steps R, so R + 1 inner loops, round_00 to round_RR"""
+    """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss: outer steps;
+    random: further draws; regmix: proxy runs; joint, uniform, temperature: never; specific: once per domain; doremi,
+    doge: proxies in turn; skillit, aioli: revisions within the last inner loop; odm: after every step"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """m: the largest relative change of a domain's volume in one outer step"""
     step: Literal["fixed"] = "fixed"
@@ -32,7 +36,11 @@ class MixingConfig:
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
     patience: Annotated[int, Field(ge=1)] = 1
-    """stop after this many rounds in a row without a lower Q than the best before"""
+    """stop after this many rounds in a row without a lower Q than the best before; ideal and loss"""
+    proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """the part of an inner loop's optimizer steps that a proxy run of regmix takes"""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """temperature's T: sizes in proportion to the start's sizes to the power 1/T; 1: joint, large: uniform"""
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,8 @@ class Mixer:
     """
 
     needs_influence: ClassVar[bool] = False
+    needs_base_loss: ClassVar[bool] = False
+    """Whether `start` follows from `setup.base_loss`."""
     has_budget: ClassVar[bool] = False
     """Whether mixing.budget is this method's business; all others hold the start's trained tokens."""
     whole_gradients: ClassVar[bool] = False
@@ -156,9 +166,13 @@ class Mixer:
         """The step after the last of `rounds`; None when this method never changes its mixture."""
         return None
 
+    def with_shares(self, shares: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """[n] the ratios that have token shares [n] and the volume of `ratios` [n]."""
+        return ratios_of_shares(shares, ratios @ self.setup.pool_tokens, self.setup.pool_tokens)
+
     def step_to(self, shares: np.ndarray, last: RoundResult, **more: Any) -> Step:
         """The step from `last` to token shares [n] with the same volume; `more`: the Step's other fields."""
-        ratios = ratios_of_shares(shares, last.ratios @ self.setup.pool_tokens, self.setup.pool_tokens)
+        ratios = self.with_shares(shares, last.ratios)
         return Step(ratios, relative_change(last.ratios, ratios), **more)
 
 

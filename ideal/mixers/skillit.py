@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from ideal.mixers.base import Mixer, RoundResult, Step, relative_change
+from ideal.draws import token_shares
+from ideal.mixers.base import RoundResult, Step
 from ideal.mixers.controller import Controller, SteeredRound
+from ideal.mixers.specific import Specific
 
 STEP_SIZE = 0.2
 """eta."""
@@ -75,11 +77,8 @@ class SkillitController(Controller):
         return {"graph": self.graph, "probabilities": self.by_name(self.mixture)}
 
 
-class Skillit(Mixer):
+class Skillit(Specific):
     """A short inner loop on each of the n domains alone, 1 / n of the steps each, then the steered one."""
-
-    successive = False
-    extends = False
 
     def last_round(self) -> int:
         """n: the rounds before it train on one domain each."""
@@ -92,10 +91,6 @@ class Skillit(Mixer):
     def is_result(self, number: int) -> bool:
         """The others are trained for the graph alone."""
         return number == self.last_round()
-
-    def start(self, ratios: np.ndarray) -> np.ndarray:
-        """[n] the first domain alone."""
-        return np.eye(len(ratios))[0]
 
     def controller(self, number: int, rounds: Sequence[RoundResult]) -> Controller | None:
         """The last round's."""
@@ -113,9 +108,9 @@ class Skillit(Mixer):
         if self.is_result(number):
             graph = self.graph(rounds)
             rows = mixture_of(graph, np.ones(graph.shape[1]), self.setup.weights)
-            ratios = rows / self.setup.pool_sizes
-            return Step(ratios, relative_change(last.ratios, ratios), information={"graph": graph.tolist()})
-        return self.step_to(np.eye(len(self.setup.domains))[number], last)
+            shares = token_shares(rows, self.setup.pool_tokens / self.setup.pool_sizes)
+            return self.step_to(shares, last, information={"graph": graph.tolist()})
+        return super().propose(rounds)
 
     def graph(self, rounds: Sequence[RoundResult]) -> np.ndarray:
         """[n, R] of the single domains' rounds."""
