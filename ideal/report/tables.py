@@ -344,7 +344,8 @@ def outcome(run: RunFiles) -> list[str]:
     """The result in a few plain sentences, the most important first."""
     best, start = run.best, run.round(0)
     if best is None:
-        return ["No round has been evaluated yet."]
+        of = " whose model may be the result" if run.evaluated else ""
+        return [f"No round{of} has been evaluated yet."]
     last = run.evaluated[-1].number
     if not run.method.successive:
         lines = tries_in_words(run, best)
