@@ -34,7 +34,7 @@ ARGUMENTS = {
     "influence.damping": 0.1,  # relative to each layer's mean eigenvalue
     "influence.sample_fraction": 0.5,  # sigma: the part of the mixture that is used
     "influence.layers": ["*.mlp.*_proj"],  # names of the tracked linear layers
-    "mixing.method": "ideal",  # ideal, joint, uniform
+    "mixing.method": "ideal",  # see docs/methods.md: joint, uniform, temperature, loss, specific, random, ...
     "mixing.rounds": 2,  # outer steps; one inner loop more than that
     "mixing.max_change": 0.15,  # m: the largest relative change of a domain in one step
     "mixing.budget": "free",  # free: the total may grow (paper); fixed: trained tokens stay the same

@@ -23,10 +23,19 @@ from ideal.data import CapabilityConfig, Data, load_data
 from ideal.data.inspection import SetReport, report_table, show_example
 from ideal.distributed import barrier, is_main, say, together, world_size
 from ideal.errors import UserError
-from ideal.loop import Run, estimate_influence, influence_json, loaded_model, run_loop
+from ideal.loop import (
+    Run,
+    estimate_influence,
+    evaluate_base,
+    first_mixture,
+    given_mixture,
+    influence_json,
+    loaded_model,
+    run_loop,
+)
 from ideal.machine import PlanConfig, machine_of
 from ideal.mixers import MIXERS
-from ideal.mixture import Mixture, build_mixture
+from ideal.mixture import Mixture
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.plan import CannotPlan, DataSizes, long_text, make_plan, short_text
 from ideal.report import export_mixture, final_summary, load_run, render_report
@@ -104,7 +113,7 @@ def check_folder(folder: RunFolder, command: Command) -> None:
         return
     if command.stage != "run" and folder.state.is_file():
         raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
-    folder.check(dump(command.config), flat)
+    folder.check(dump(command.config), flat, MIXERS[command.config.mixing.method].extends)
 
 
 def header() -> str:
@@ -149,9 +158,8 @@ def load_run_data(config: Config, folder: RunFolder, arguments: transformers.Tra
     data = load_data(config.data, tokenizer, config.seed)
     ratios = together(lambda: start_ratios(config, data))
     run = Run(config, folder, tokenizer, data, ratios, arguments)
-    mixture = build_mixture(run.trained_tokens, ratios, seed=config.seed, round=0)
-    together(lambda: check_mixture(mixture))
-    return run, mixture
+    together(lambda: check_mixture(given_mixture(run)))
+    return run, together(lambda: first_mixture(run))
 
 
 def data_sizes(run: Run, mixture: Mixture) -> DataSizes:
@@ -193,8 +201,7 @@ def start_ratios(config: Config, data: Data) -> np.ndarray:
     ratios = np.array([given.get(name, data.ratios[name]) for name in data.pools], dtype=np.float64)
     if not ratios.any():
         raise UserError("mixing.ratios: all are zero, so there is nothing to train on")
-    sizes = np.array([len(pool) for pool in data.pools.values()], dtype=np.float64)
-    return MIXERS[config.mixing.method](config.mixing).start(ratios, sizes)
+    return ratios
 
 
 def read_ratios(path: Path) -> dict[str, float]:
@@ -235,9 +242,16 @@ def plan_stage(
     say(together(text))
 
 
+def mixture_of_stage(run: Run) -> Mixture:
+    """Round 0's mixture, for a stage that runs no loop."""
+    if run.mixer.needs_base_loss:
+        evaluate_base(run)
+    return first_mixture(run)
+
+
 def influence_stage(run: Run) -> None:
     """`--stage influence`: the matrix of the given model on the given data, no training."""
-    mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+    mixture = mixture_of_stage(run)
     with loaded_model(run, None) as model:
         influence = estimate_influence(run, model, mixture)
     content = influence_json(run, influence)
@@ -253,7 +267,7 @@ def influence_stage(run: Run) -> None:
 
 def mix_stage(run: Run) -> None:
     """`--stage mix`: the mixture that the given ratios give, as mixture.json and as data."""
-    mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+    mixture = mixture_of_stage(run)
     write_json(run.folder.mixture, mixture.to_json())
     if is_main():
         export_mixture(run.folder.path, run.data.pools, {n: d.counts for n, d in mixture.domains.items()})

@@ -140,9 +140,15 @@ def _check_across_groups(config: Config) -> None:
         near = difflib.get_close_matches(method, MIXERS, 1)
         hint = f"; did you mean {near[0]}?" if near else f": {', '.join(MIXERS)}"
         raise UserError(f"mixing.method: there is no mixer {method!r}{hint}")
-    if config.train.max_steps and config.mixing.budget == "free" and MIXERS[method].moves():
+    if config.train.max_steps and config.mixing.budget == "free" and MIXERS[method].has_budget:
         raise UserError(
             "mixing.budget: free has no meaning where train.max_steps fixes the volume; set mixing.budget to fixed"
+        )
+    if config.train.arguments.get("fsdp") and MIXERS[method].whole_gradients:
+        raise UserError(f"train.fsdp: {method} compares whole gradients, which sharded weights lack; leave it out")
+    if config.mixing.start == "continue" and not MIXERS[method].successive:
+        raise UserError(
+            f"mixing.start: the rounds of {method} stand beside each other, each from the base model; leave it at base"
         )
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"

@@ -43,7 +43,7 @@ def evaluate(
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    batches = {name: _my_batches(examples, config.batch_size) for name, examples in sets.items()}
+    batches = {name: batches_of_rank(examples.lengths, config.batch_size) for name, examples in sets.items()}
     # The sums stay on the device until the end: no synchronisation per batch.
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=device)
     with progress(sum(map(len, batches.values())), description) as bar:
@@ -61,13 +61,13 @@ def evaluate(
     return {name: loss / tokens for name, (loss, tokens) in zip(sets, totals, strict=True)}
 
 
-def _my_batches(examples: ExampleSet, batch_size: int) -> list[tuple[np.ndarray, bool]]:
-    """This rank's rows in batches, and whether they count; as many batches on every rank.
+def batches_of_rank(lengths: np.ndarray, batch_size: int) -> list[tuple[np.ndarray, bool]]:
+    """This rank's rows in batches, and whether they count; as many batches on every rank. lengths: [rows] tokens.
 
     Ranks that share a sharded model take part in each other's forward passes: one that has nothing left runs a
     row that does not count.
     """
-    longest_first = np.argsort(-examples.lengths, kind="stable")
+    longest_first = np.argsort(-lengths, kind="stable")
     mine = longest_first[rank() :: world_size()]
     batches = [(mine[start : start + batch_size], True) for start in range(0, len(mine), batch_size)]
     most = -(-len(longest_first[:: world_size()]) // batch_size)

@@ -22,9 +22,10 @@ from ideal.evaluation import evaluate, weighted
 from ideal.influence import DomainSample, Influence, compute_influence, fixed_form, objective
 from ideal.influence.adaptive import DIRECTION_ERROR
 from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
-from ideal.mixers import MIXERS, Mixer, RoundResult, Step
-from ideal.mixture import Mixture, build_mixture, mixture_of_sizes
+from ideal.mixers import MIXERS, Mixer, RoundResult, Setup, Step
+from ideal.mixture import Mixture, build_mixture, mixture_of_sizes, round_half_up
 from ideal.model import DTYPES, load_model, merge_adapters, shard
+from ideal.online import Steering
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
 from ideal.report.tables import duration
 from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
@@ -44,15 +45,28 @@ class Run:
     folder: RunFolder
     tokenizer: PreTrainedTokenizerBase
     data: Data
-    start_ratios: np.ndarray
-    """[n] the ratios of round 0, in the order of data.pools."""
+    ratios: np.ndarray
+    """[n] the start ratios as the user gave them, in the order of data.pools."""
     arguments: TrainingArguments
     warnings: list[str] = field(default_factory=list)
 
     @property
     def mixer(self) -> Mixer:
-        """The configured method."""
-        return MIXERS[self.config.mixing.method](self.config.mixing)
+        """The configured method, with the base model's losses once they are known."""
+        losses = None
+        if self.folder.base_evaluation.is_file():
+            found = read_json(self.folder.base_evaluation)["reference_loss"]
+            losses = np.array([found[name] for name in self.data.references])
+        setup = Setup(
+            seed=self.config.seed,
+            domains=tuple(self.data.pools),
+            capabilities=tuple(self.data.references),
+            weights=np.array([self.data.weights[name] for name in self.data.references]),
+            pool_sizes=np.array([len(pool) for pool in self.data.pools.values()], dtype=np.float64),
+            pool_tokens=np.array([tokens.sum() for tokens in self.trained_tokens.values()], dtype=np.float64),
+            base_loss=losses,
+        )
+        return MIXERS[self.config.mixing.method](self.config.mixing, setup)
 
     @property
     def trained_tokens(self) -> dict[str, np.ndarray]:
@@ -70,25 +84,34 @@ def run_loop(run: Run) -> None:
     """All rounds, resumed behind the last finished phase; ends with the best round's model and the report."""
     base = evaluate_base(run)
     say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
-    mixer, rounds, results = run.mixer, run.config.mixing.rounds, list[RoundResult]()
+    mixer, results = run.mixer, list[RoundResult]()
+    last = mixer.last_round()
     step: Step | None = None
-    reason = f"outer steps taken: {rounds} of {rounds}"
-    for number in range(rounds + 1):
+    reason = end_in_words(mixer, last)
+    for number in range(last + 1):
         here = run.folder.round(number)
         mixture = mixture_of_round(run, here, results, step)
-        train_round(run, here, mixture)
+        train_round(run, here, mixture, results)
         evaluation = evaluate_round(run, here)
+        mixture = as_drawn(run, here, mixture)
         stop = stop_reason(run, number)
         matrix = None
-        if mixer.needs_influence and number < rounds and not stop:
+        if mixer.needs_influence and number < last and not stop:
             matrix = influence_of_round(run, here, mixture)
         results.append(result_of(run, number, mixture, evaluation, matrix))
-        step = mixer.propose(results) if number < rounds and not stop else None
+        step = mixer.propose(results) if number < last and not stop else None
         finish_round(run, here, step)
         if step is None:
-            reason = stop or (reason if number == rounds else f"{run.config.mixing.method} keeps its mixture")
+            reason = stop or reason
             break
     finish_run(run, reason)
+
+
+def end_in_words(mixer: Mixer, last: int) -> str:
+    """Why a run ends that nothing stops before its last round."""
+    if not mixer.moves():
+        return f"{mixer.config.method} takes one round"
+    return f"outer steps taken: {last} of {last}" if mixer.successive else f"{mixer.config.method} is through"
 
 
 def evaluate_base(run: Run) -> dict[str, Any]:
@@ -108,12 +131,26 @@ def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], st
         warn_of_repeats(run, mixture)
         return mixture
     if step is None:
-        mixture = build_mixture(run.trained_tokens, run.start_ratios, seed=run.config.seed, round=0)
+        mixture = first_mixture(run)
     else:
         mixture = next_mixture(run, here.number, step)
     write_json(here.mixture, mixture.to_json())
     warn_of_repeats(run, mixture)
     return mixture
+
+
+def given_mixture(run: Run) -> Mixture:
+    """The mixture of the start ratios as the user gave them; its trained tokens are the volume to keep."""
+    return build_mixture(run.trained_tokens, run.ratios, seed=run.config.seed, round=0)
+
+
+def first_mixture(run: Run) -> Mixture:
+    """Round 0's mixture: the given one, or the one of the same volume that the method starts from."""
+    given = given_mixture(run)
+    ratios = run.mixer.start(run.ratios)
+    if np.array_equal(ratios, run.ratios):
+        return given
+    return build_mixture(run.trained_tokens, ratios, seed=run.config.seed, round=0, total_tokens=given.total_tokens)
 
 
 def warn_of_repeats(run: Run, mixture: Mixture) -> None:
@@ -128,10 +165,8 @@ def warn_of_repeats(run: Run, mixture: Mixture) -> None:
 
 
 def next_mixture(run: Run, number: int, step: Step) -> Mixture:
-    """The mixture of round `number` that `step` leads to; with a fixed volume it holds round 0's tokens."""
-    total = None
-    if run.config.mixing.budget == "fixed":
-        total = int(read_json(run.folder.round(0).mixture)["total_tokens"])
+    """The mixture of round `number` that `step` leads to; where the method keeps the volume, that of the start."""
+    total = given_mixture(run).total_tokens if run.mixer.keeps_volume else None
     return build_mixture(
         run.trained_tokens,
         step.ratios,
@@ -142,31 +177,39 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
     )
 
 
-def train_round(run: Run, here: RoundFolder, mixture: Mixture) -> None:
-    """The inner loop, unless its model or everything that follows from it is there."""
+def train_round(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
+    """The inner loop after `results`, unless its model or everything that follows from it is there."""
     needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
     if needs_model and not exists(here.model):
-        train_model(run, here, mixture)
+        train_model(run, here, mixture, results)
 
 
-def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
-    """The inner loop; if it continues from a model that was not kept, that one is trained again first."""
-    start = None
+def model_of(run: Run, number: int, results: list[RoundResult]) -> Path:
+    """The trained model of an earlier round; trained again first where it was not kept."""
+    before = run.folder.round(number)
+    if find_model(run, before) is None:
+        train_model(run, before, mixture_of_round(run, before, [], None), results[:number])
+    found = find_model(run, before)
+    assert found is not None, "it has just been trained"
+    return found
+
+
+def train_model(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
+    """The inner loop after `results`, the rounds before."""
+    mixer, start = run.mixer, None
     if run.config.mixing.start == "continue" and here.number:
-        before = run.folder.round(here.number - 1)
-        if find_model(run, before) is None:
-            train_model(run, before, mixture_of_round(run, before, [], None))
-        start = find_model(run, before)
+        start = model_of(run, here.number - 1, results)
     say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
     partial = here.path / "model.part"
     if is_main():
         remove(partial)
     barrier()
-    inner_loops = run.config.mixing.rounds + 1 - here.number
+    lengths = [mixer.length(number) for number in range(here.number, mixer.last_round() + 1)]
+    remaining = sum(lengths) / lengths[0]
 
     def on_step_time(seconds: float, steps: int) -> None:
         say(f"a step takes {seconds:.2f} s: about {duration(seconds * steps)} for this inner loop, "
-            f"{duration(seconds * steps * inner_loops)} for all that remain, outer steps not counted")  # fmt: skip
+            f"{duration(seconds * steps * remaining)} for all that remain, outer steps not counted")  # fmt: skip
 
     outcome = train(
         run.config.model,
@@ -180,13 +223,50 @@ def train_model(run: Run, here: RoundFolder, mixture: Mixture) -> None:
         seed=run.config.seed,
         log=lambda step, values: run.folder.log("train", values, round=here.number, step=step),
         on_step_time=on_step_time,
+        length=mixer.length(here.number),
+        steering=steering_of(run, here, results),
     )
     if is_main():
-        write_json(here.training, asdict(outcome))
+        write_json(here.training, {**asdict(outcome), "is_result": mixer.is_result(here.number)})
         os.replace(partial, here.model)
         remove(here.checkpoints)
     run.folder.log("train", {"seconds": outcome.seconds}, round=here.number, step=outcome.steps)
     barrier()
+
+
+def steering_of(run: Run, here: RoundFolder, results: list[RoundResult]) -> Steering | None:
+    """What steers this round's inner loop from within, if anything does."""
+    controller = run.mixer.controller(here.number, results)
+    if controller is None:
+        return None
+    reads = run.mixer.reads(here.number)
+    for number in reads:
+        model_of(run, number, results)
+    return Steering(
+        controller,
+        run.data.references,
+        run.data.weights,
+        run.config.evaluation,
+        run.config.influence.layers,
+        (lambda: loaded_model(run, run.folder.round(reads[0]))) if reads else None,
+    )
+
+
+def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:
+    """The mixture that a steered round turned out to be, as rows of one pass; `mixture` where none steered it.
+
+    Only of rounds that may be the result: another one could be trained again from the mixture it started from.
+    """
+    observed = read_json(here.training).get("observed", {}) if exists(here.training) else {}
+    if "rows" not in observed or not run.mixer.is_result(here.number):
+        return mixture
+    content = mixture.to_json()
+    for name, rows in observed["rows"].items():
+        content["domains"][name]["size"] = round_half_up(rows / observed["passes"])
+    drawn = mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed)
+    write_json(here.mixture, drawn.to_json())
+    warn_of_repeats(run, drawn)
+    return drawn
 
 
 def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
@@ -198,7 +278,7 @@ def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
         write_json(here.evaluation, evaluation)
         barrier()
     evaluation = dict(read_json(here.evaluation))
-    if here.training.is_file():
+    if here.training.is_file() and run.mixer.needs_influence:
         warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
 
@@ -337,6 +417,8 @@ def result_of(
     run: Run, number: int, mixture: Mixture, evaluation: dict[str, Any], matrix: np.ndarray | None
 ) -> RoundResult:
     """What a mixer may know after a round."""
+    training = run.folder.round(number).training
+    observed = read_json(training).get("observed", {}) if exists(training) else {}
     return RoundResult(
         round=number,
         pool_sizes=np.array([domain.pool for domain in mixture.domains.values()], dtype=np.float64),
@@ -345,11 +427,14 @@ def result_of(
         reference_loss=np.array([evaluation["reference_loss"][name] for name in run.data.references]),
         weights=np.array([run.data.weights[name] for name in run.data.references]),
         influence=matrix,
+        observed=observed,
     )
 
 
 def stop_reason(run: Run, number: int) -> str | None:
     """Why the run should end after round `number`, None if it should not."""
+    if not run.mixer.successive:
+        return None
     losses = [read_json(run.folder.round(r).evaluation)["Q"] for r in range(number + 1)]
     best = int(np.argmin(losses))
     if number - best < run.config.mixing.patience:
@@ -357,17 +442,20 @@ def stop_reason(run: Run, number: int) -> str | None:
     return f"Q of round {number} ({losses[number]:.4f}) is not below round {best}'s ({losses[best]:.4f})"
 
 
-def best_round(run: Run) -> int:
-    """The finished round of lowest Q on the reference sets, the earliest of equal ones."""
-    losses: list[float] = []
-    while run.folder.round(len(losses)).evaluation.is_file():
-        losses.append(read_json(run.folder.round(len(losses)).evaluation)["Q"])
-    return int(np.argmin(losses))
+def best_round(run: Run) -> int | None:
+    """The evaluated round of lowest Q on the reference sets, the earliest of equal ones, among those whose model
+    may be the result; None before there is one."""
+    mixer, losses = run.mixer, dict[int, float]()
+    for number in range(mixer.last_round() + 1):
+        evaluation = run.folder.round(number).evaluation
+        if mixer.is_result(number) and evaluation.is_file():
+            losses[number] = read_json(evaluation)["Q"]
+    return min(losses, key=losses.__getitem__, default=None)
 
 
 def needs_influence(run: Run, here: RoundFolder) -> bool:
     """Whether this round's influence is wanted and not there yet."""
-    wanted = run.mixer.needs_influence and here.number < run.config.mixing.rounds
+    wanted = run.mixer.needs_influence and here.number < run.mixer.last_round()
     return wanted and stop_reason(run, here.number) is None and not exists(here.influence)
 
 
@@ -382,8 +470,13 @@ def find_model(run: Run, here: RoundFolder) -> Path | None:
 
 
 def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
-    """Renames the round's folder, prints its table, and drops models that nothing needs any more."""
+    """Notes the step, renames the round's folder, prints its table, and drops models that nothing needs any more."""
     new = not exists(here.complete_path)
+    if step is not None:
+        for text in step.warnings:
+            run.warn(text)
+        if step.information:
+            write_json(here.step, _plain(dict(step.information)))
     here.finish()
     barrier()
     best = best_round(run)
@@ -394,15 +487,22 @@ def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
             following = next_mixture(run, here.number + 1, step).to_json() if step else None
             say("\n" + round_table(load_run(run.folder.path), here.number, following) + "\n")
         if run.config.keep_models == "final":
-            for number in range(here.number):
-                if number != best:
-                    remove(run.folder.round(number).model)
+            drop_models(run, here.number, best)
     barrier()
+
+
+def drop_models(run: Run, number: int, best: int | None) -> None:
+    """Removes the models of the rounds before `number` but the best one's and those that a later round reads."""
+    mixer = run.mixer
+    needed = {before for later in range(number + 1, mixer.last_round() + 1) for before in mixer.reads(later)}
+    for before in set(range(number)) - needed - {best}:
+        remove(run.folder.round(before).model)
 
 
 def finish_run(run: Run, reason: str) -> None:
     """The best round's mixture and model to the top of the folder, exports, report, and a last word."""
     best = best_round(run)
+    assert best is not None, "a method's last round is a result"
     here = run.folder.round(best)
     source = find_model(run, here)
     if is_main():

@@ -44,11 +44,14 @@ class DomainMixture:
 
 @dataclass(frozen=True)
 class Mixture:
-    """What one inner loop trains on."""
+    """What one inner loop trains on.
+
+    beta: per domain, the relative change that led here; None where it came from nothing or went to nothing.
+    """
 
     round: int
     domains: dict[str, DomainMixture]
-    beta: dict[str, float]
+    beta: dict[str, float | None]
 
     @property
     def total_tokens(self) -> int:
@@ -125,6 +128,7 @@ def build_mixture(
     """The mixture that `ratios` [n] (in the order of `trained_tokens`) give.
 
     trained_tokens: per domain, [pool] trained tokens of each example.
+    beta: [n] the changes that led here, nan where there is none.
     total_tokens: with a fixed volume, the trained tokens that the mixture must hold; the ratios then only say
         in which proportion, and sizes follow from tokens, each domain within half an example. Without it,
         size = ratio x pool, rounded. A domain with a positive ratio keeps at least one example.
@@ -143,7 +147,8 @@ def build_mixture(
         counts = counts_of(order, max(size, 1) if ratios[index] > 0 else 0)
         domains[name] = DomainMixture(counts, int(counts @ tokens))
     steps = np.zeros(len(names)) if beta is None else beta
-    return Mixture(round, domains, dict(zip(names, map(float, steps), strict=True)))
+    changes = [None if np.isnan(step) else float(step) for step in steps]
+    return Mixture(round, domains, dict(zip(names, changes, strict=True)))
 
 
 def mixture_of_sizes(trained_tokens: Mapping[str, np.ndarray], content: Mapping[str, Any], *, seed: int) -> Mixture:

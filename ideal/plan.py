@@ -7,8 +7,9 @@ an allocator's waste and, on a GPU, CUDA's context come on top.
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ideal.influence import DomainSample
 from ideal.influence.rehearsal import Rehearsal, rehearse
 from ideal.influence.samples import draw_domain, whole_reference
 from ideal.machine import Machine
-from ideal.mixers import MIXERS
+from ideal.mixers import MIXERS, Setup
 from ideal.model import DTYPES, checkpoint_config, with_adapters
 from ideal.objective import summed_token_loss
 from ideal.report.tables import duration
@@ -90,6 +91,19 @@ class DataSizes:
         """[rows] tokens of every row of the mixture."""
         return np.concatenate([np.repeat(d.examples.lengths, d.counts) for d in self.domains.values()])  # type: ignore[attr-defined]
 
+    def setup(self, seed: int) -> Setup:
+        """What a mixer knows of it, every capability with the same weight."""
+        pools = [d.examples for d in self.domains.values()]
+        return Setup(
+            seed=seed,
+            domains=tuple(self.domains),
+            capabilities=tuple(self.references),
+            weights=np.full(len(self.references), 1 / len(self.references)),
+            pool_sizes=np.array([len(pool) for pool in pools], dtype=np.float64),
+            pool_tokens=np.array([pool.trained_tokens.sum() for pool in pools], dtype=np.float64),
+            base_loss=None,
+        )
+
     @property
     def trained_tokens(self) -> int:
         """Of an epoch."""
@@ -150,7 +164,12 @@ class Plan:
     @property
     def outer(self) -> list[Phase]:
         """The outer step's phases."""
-        return [phase for phase in self.phases if phase.name not in (TRAINING, EVALUATION)]
+        return [phase for phase in self.phases if phase not in self.training and phase.name != EVALUATION]
+
+    @property
+    def training(self) -> list[Phase]:
+        """The inner loops, the longest first."""
+        return [phase for phase in self.phases if phase.name.startswith(TRAINING)]
 
     @property
     def seconds(self) -> float:
@@ -174,8 +193,9 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
     """
     shape = checkpoint_config(config.model) if shape is None else shape
     plan = RoundPlan.of(int(len(sizes.lengths)), sizes.trained_tokens, config.train)
-    moves = MIXERS[config.mixing.method].moves()
-    loops, steps = (config.mixing.rounds + 1, config.mixing.rounds) if moves else (1, 0)
+    mixer = MIXERS[config.mixing.method](config.mixing, sizes.setup(config.seed))
+    last = mixer.last_round()
+    lengths = Counter(mixer.length(number) for number in range(last + 1))
     try:
         with fake():
             # FSDP gathers weights in what is computed in; without it autocast copies them to that.
@@ -183,13 +203,13 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
             model = empty_model(config, shape, _compute_dtype(config) if sharded else DTYPES[config.model.dtype])
             parameters = sum(p.numel() for p in model.parameters())
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            phases = [_training(model, config, sizes, plan, processes, machine, loops)]
+            phases = _inner_loops(_training(model, config, sizes, plan, processes, machine), plan, lengths)
             model = empty_model(config, shape, _compute_dtype(config))
-            phases.append(_evaluation(model, config, sizes, processes, machine, loops + 1))
+            phases.append(_evaluation(model, config, sizes, processes, machine, last + 2))
             outer = None
-            if MIXERS[config.mixing.method].needs_influence:
+            if mixer.needs_influence:
                 outer = _outer_step(model, config, sizes, processes, timed=machine is not None)
-                phases += _outer_phases(_computing_weights(model, config, processes), outer, machine, max(steps, 1))
+                phases += _outer_phases(_computing_weights(model, config, processes), outer, machine, max(last, 1))
     except UserError:
         raise
     except Exception as error:
@@ -205,7 +225,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
         (len(outer.layout.factor_parts), len(outer.layout.gradient_parts)) if outer else (0, 0),
         bool(outer and outer.layout.streamed),
         outer.spilled if outer else 0,
-        _disk(config, shape, parameters, trained, plan, loops, outer.spilled * processes if outer else 0),
+        _disk(config, shape, parameters, trained, plan, last + 1, outer.spilled * processes if outer else 0),
     )
 
 
@@ -258,9 +278,8 @@ def _training(
     plan: RoundPlan,
     processes: int,
     machine: Machine | None,
-    loops: int,
 ) -> Phase:
-    """An inner loop."""
+    """A whole inner loop."""
     given = config.train.arguments
     rows = given.get("per_device_train_batch_size", min(8, config.train.global_batch_size))
     accumulation = accumulation_steps(config, rows, processes)
@@ -287,7 +306,26 @@ def _training(
         trained = _count(p for p in model.parameters() if p.requires_grad)
         work += Work(moved=UPDATE_PASSES * trained * DTYPES[config.model.dtype].itemsize * plan.steps / shards)
     sequences = plan.steps * config.train.global_batch_size
-    return Phase(TRAINING, memory, work, loops, sequences, plan.epochs, _seconds(machine, work))
+    return Phase(TRAINING, memory, work, 1, sequences, plan.epochs, _seconds(machine, work))
+
+
+def _inner_loops(whole: Phase, plan: RoundPlan, lengths: Mapping[float, int]) -> list[Phase]:
+    """The inner loops of a run, the longest first, by their `lengths` (parts of a whole one) and how many there are."""
+    phases = []
+    for length, count in sorted(lengths.items(), reverse=True):
+        part = math.ceil(length * plan.steps) / plan.steps
+        phases.append(
+            replace(
+                whole,
+                name=TRAINING if length == 1 else f"{TRAINING} x {length:g}",
+                work=whole.work.times(part),
+                times=count,
+                sequences=round(whole.sequences * part),
+                passes=whole.passes * part,
+                seconds=whole.seconds * part,
+            )
+        )
+    return phases
 
 
 def accumulation_steps(config: Config, rows: int, processes: int) -> int:
@@ -456,21 +494,21 @@ def gigabytes(size: float) -> str:
 
 def short_text(config: Config, sizes: DataSizes, plan: Plan) -> str:
     """What a run says before its first expensive step; the time follows once a step was measured."""
-    rows, loops = len(sizes.lengths), plan.phases[0].times
-    per_process = config.train.arguments.get("per_device_train_batch_size", min(8, config.train.global_batch_size))
+    rows, batch = len(sizes.lengths), config.train.global_batch_size
+    loops = ", ".join(f"{phase.times} of {phase.sequences // batch:,} steps" for phase in plan.training)
+    keeps_volume = MIXERS[config.mixing.method](config.mixing, sizes.setup(config.seed)).keeps_volume
+    per_process = config.train.arguments.get("per_device_train_batch_size", min(8, batch))
     accumulation = accumulation_steps(config, per_process, plan.processes)
-    memory = f"training {gigabytes(plan.peak_of(TRAINING))}, evaluation {gigabytes(plan.peak_of(EVALUATION))}"
+    memory = f"training {gigabytes(plan.training[0].peak)}, evaluation {gigabytes(plan.peak_of(EVALUATION))}"
     if plan.outer:
         parts = f" in {plan.outer_parts[1]} parts" if plan.outer_parts[1] > 1 else ""
         memory += f", outer step {gigabytes(plan.peak_of(*(phase.name for phase in plan.outer)))}{parts}"
     return "\n".join(
         [
-            f"inner loops: {loops} of {plan.round.steps:,} steps; a step is {config.train.global_batch_size} sequences"
+            f"inner loops: {loops}; a step is {batch} sequences"
             f" ({per_process} per process x {plan.processes} process(es) x {accumulation} accumulation)",
             f"round 0: {rows:,} examples, {sizes.trained_tokens:,} trained tokens per epoch"
-            + (
-                "; later rounds hold as many tokens" if config.mixing.budget == "fixed" else "; later rounds may differ"
-            ),
+            + ("; later rounds hold as many tokens" if keeps_volume else "; later rounds may differ"),
             f"memory per process, beside the libraries: {memory}"
             f" ({plan.parameters / 1e6:,.1f} M parameters, {plan.trained / 1e6:,.1f} M trained)",
             _disk_line(config, plan),
@@ -488,7 +526,7 @@ def long_text(config: Config, sizes: DataSizes, plan: Plan) -> str:
         f" each on {machine.name}: {machine.wide / 1e12:,.3g} TFLOP/s in float32, {machine.narrow / 1e12:,.3g} in"
         f" bfloat16, {machine.moved / 1e9:,.3g} GB/s",
         f"{len(sizes.domains)} domains of {len(sizes.lengths):,} examples, {len(sizes.references)} capabilities of"
-        f" {sum(map(len, sizes.references.values())):,}; an inner loop has {plan.round.steps:,} steps of"
+        f" {sum(map(len, sizes.references.values())):,}; a whole inner loop has {plan.round.steps:,} steps of"
         f" {config.train.global_batch_size} sequences",
         "",
         *table(plan),

@@ -112,8 +112,13 @@ class RoundFolder:
         return self.path / "influence.json"
 
     @property
+    def step(self) -> Path:
+        """step.json: what the step after this round rests on, where a method says so."""
+        return self.path / "step.json"
+
+    @property
     def training(self) -> Path:
-        """training.json: steps, training loss, seconds."""
+        """training.json: steps, training loss, seconds, what a controller left, whether the model may be the result."""
         return self.path / "training.json"
 
     @property
@@ -177,13 +182,18 @@ class RunFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
 
-    def check(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-        """Raises UserError where the folder holds another configuration's run, or what no run wrote."""
+    def check(
+        self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]], extends: bool = True
+    ) -> None:
+        """Raises UserError where the folder holds another configuration's run, or what no run wrote.
+
+        extends: whether mixing.rounds may be more than before.
+        """
         nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"output_dir: {self.path} cannot be made: {nearest} is no folder that can be written")
         if self.config.is_file():
-            self._compare(config, flat)
+            self._compare(config, flat, extends)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise UserError(
                 f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
@@ -226,7 +236,9 @@ class RunFolder:
         write_text(self.config, header + yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
         write_json(self.data, data)
 
-    def _compare(self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    def _compare(
+        self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]], extends: bool
+    ) -> None:
         try:
             before = flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
         except (yaml.YAMLError, AttributeError):
@@ -236,7 +248,7 @@ class RunFolder:
             f"{key} ({before.get(key, 'not set')} -> {now.get(key, 'not set')})"
             for key in dict.fromkeys([*before, *now])
             if key not in MAY_CHANGE and before.get(key) != now.get(key)
-            and not (key == GROWS and now.get(key, 0) > before.get(key, 0))
+            and not (extends and key == GROWS and now.get(key, 0) > before.get(key, 0))
         ]  # fmt: skip
         if changed:
             shown = "; ".join(changed[:5]) + (f"; and {len(changed) - 5} more" if len(changed) > 5 else "")

@@ -35,6 +35,7 @@ from ideal.errors import UserError
 from ideal.mixture import Mixture, training_rows
 from ideal.model import DTYPES, ModelConfig, load_model, save_model, stored_dtype
 from ideal.objective import IGNORED, summed_token_loss
+from ideal.online import Places, SteeredRows, SteeredTrainer, Steering
 from ideal.seeding import generator
 
 TRAINER_KEYS = {f.name: f for f in dataclasses.fields(TrainingArguments)}
@@ -181,12 +182,12 @@ class RoundPlan:
         return self.steps / self.steps_per_epoch
 
     @staticmethod
-    def of(rows: int, trained_tokens: int, config: TrainConfig) -> "RoundPlan":
-        """The plan for an epoch of `rows` examples holding `trained_tokens`."""
+    def of(rows: int, trained_tokens: int, config: TrainConfig, length: float = 1.0) -> "RoundPlan":
+        """The plan for an epoch of `rows` examples holding `trained_tokens`; `length`: the part of all its steps."""
         steps_per_epoch = math.ceil(rows / config.global_batch_size)
         epochs = config.arguments.get("num_train_epochs", TRAINER_KEYS["num_train_epochs"].default)
-        steps = config.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
-        return RoundPlan(steps_per_epoch, steps, trained_tokens / steps_per_epoch)
+        whole = config.max_steps or max(1, math.ceil(epochs * steps_per_epoch))
+        return RoundPlan(steps_per_epoch, math.ceil(length * whole), trained_tokens / steps_per_epoch)
 
 
 class RoundRows(Dataset):
@@ -266,11 +267,15 @@ class QuietProgress(ProgressCallback):
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop."""
+    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop.
+
+    observed: what the controller left, empty without one.
+    """
 
     steps: int
     training_loss: float | None
     seconds: float
+    observed: dict[str, Any]
 
 
 def train(
@@ -286,31 +291,59 @@ def train(
     seed: int,
     log: Callable[[int, dict[str, float]], None],
     on_step_time: Callable[[float, int], None],
+    length: float = 1.0,
+    steering: Steering | None = None,
 ) -> TrainingOutcome:
     """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
 
     start: the model to start from (None: the base model). checkpoints: where the Trainer keeps its own, from
-    which a killed inner loop continues if train.save_strategy asks for them.
+    which a killed inner loop continues if train.save_strategy asks for them. length: the part of an inner loop's
+    steps to take. steering: what decides from within what each step trains on, if anything does;
+    without it each step's rows follow from `mixture` alone.
     Raises UserError when the loss is not finite any more.
     """
+    plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config, length)
+    pad_id = int(tokenizer.pad_token_id)
+    rows = None
+    if steering is not None:
+        rows = SteeredRows(
+            steering,
+            pools,
+            mixture,
+            steps=plan.steps,
+            passes=plan.epochs,
+            tokens_per_step=plan.tokens_per_step,
+            vocabulary=len(tokenizer),
+            pad_id=pad_id,
+            seed=seed,
+        )
+        if steering.reference_model is not None:
+            with steering.reference_model() as reference:
+                rows.compare_with(reference, steering.evaluation.batch_size)
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
     set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
-    plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, config)
     arguments.max_steps = plan.steps
     arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
-    pad_id = int(tokenizer.pad_token_id)
     model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
-    trainer = InnerLoopTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
-        data_collator=lambda rows: collate(rows, pad_id),
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
-            summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
-        ),
-        callbacks=[StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
-    )
+    shared: dict[str, Any] = {
+        "model": model,
+        "args": arguments,
+        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
+    }
+    trainer: Trainer
+    if rows is None:
+        trainer = InnerLoopTrainer(
+            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
+            data_collator=lambda rows: collate(rows, pad_id),
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
+                summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
+            ),
+            **shared,
+        )
+    else:
+        places = Places(plan.steps * config.global_batch_size)
+        trainer = SteeredTrainer(rows=rows, log_step=log, train_dataset=places, **shared)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not arguments.disable_tqdm:
@@ -330,7 +363,8 @@ def train(
             state,
         )
     trainer.accelerator.free_memory()
-    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started)
+    observed = trainer.rows.observed() if isinstance(trainer, SteeredTrainer) else {}
+    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started, observed)
 
 
 def _mean(values: list[float]) -> float | None:

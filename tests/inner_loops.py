@@ -32,7 +32,8 @@ from ideal.distributed import rank
 from ideal.evaluation import EvaluationConfig, evaluate
 from ideal.mixture import Mixture, build_mixture
 from ideal.model import ModelConfig, load_model
-from ideal.training import TrainConfig, train, training_arguments
+from ideal.online import Steering
+from ideal.training import TrainConfig, TrainingOutcome, train, training_arguments
 
 ideal.model.DTYPES["float32"] = torch.float64
 
@@ -118,9 +119,17 @@ class Case:
 
 
 def run_case(
-    models: Path, case: Case, out: Path, log: Any = lambda step, values: None
+    models: Path,
+    case: Case,
+    out: Path,
+    log: Any = lambda step, values: None,
+    steering: Steering | None = None,
+    outcomes: list[TrainingOutcome] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Trains as the loop does, an evaluation first; the weights that this rank holds at the end."""
+    """Trains as the loop does, an evaluation first; the weights that this rank holds at the end.
+
+    outcomes: takes what train() returns.
+    """
     pools = make_pools()
     config = ModelConfig(name_or_path=str(models / case.model))
     tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
@@ -136,7 +145,7 @@ def run_case(
     ideal.training._check_equal_weights = keep_and_check
     arguments = {"per_device_train_batch_size": case.per_device, "disable_tqdm": True, "logging_steps": 1}
     try:
-        train(
+        outcome = train(
             config,
             TrainConfig(case.global_batch, {**arguments, "use_cpu": True, **case.arguments}),
             tokenizer,
@@ -148,9 +157,12 @@ def run_case(
             seed=SEED,
             log=log,
             on_step_time=lambda seconds, steps: None,
+            steering=steering,
         )
     finally:
         ideal.training._check_equal_weights = check
+    if outcomes is not None:
+        outcomes.append(outcome)
     return weights
 
 

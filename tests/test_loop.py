@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -341,11 +342,91 @@ def test_continued_run_with_more_rounds_starts_from_the_last_round(data, tmp_pat
 def test_methods_that_never_move(data, tmp_path, quick, method):
     ratios = "{math: 0.25, reasoning: 1, safety: 0.75}"
     assert run(data, tmp_path / "run", mixing__method=method, mixing__ratios=ratios, mixing__rounds=2) == 0
-    sizes = [d["size"] for d in read(tmp_path / "run/mixture.json")["domains"].values()]
-    assert sizes == ([6, 24, 18] if method == "joint" else [16, 16, 16])
+    assert run(data, tmp_path / "mix", stage="mix", mixing__ratios=ratios) == 0
+    given, mixture = read(tmp_path / "mix/mixture.json"), read(tmp_path / "run/mixture.json")
+    if method == "joint":
+        assert mixture == given
+    else:
+        sizes = [d["size"] for d in mixture["domains"].values()]
+        assert sizes != [6, 24, 18]
+        # Each domain's tokens are right to half of its longest example.
+        longest = max(row["longest"] for row in read(tmp_path / "run/data.json"))
+        assert abs(mixture["total_tokens"] - given["total_tokens"]) <= 3 * longest / 2
     assert [path.name for path in (tmp_path / "run").glob("round_*")] == ["round_00"]
     assert not (tmp_path / "run/round_00/influence.json").exists()
     assert read(tmp_path / "run/state.json")["finished"]
+
+
+def test_specific_tries_each_domain_alone(data, tmp_path, quick, capsys):
+    few = {"data__max_examples": 16, "mixing__method": "specific"}
+    assert run(data, tmp_path / "run", **few) == 0
+    out = capsys.readouterr().out
+    assert "inner loops: 3 of" in out and "Best of 3 results" in out and "specific is through" in out
+    alone = [[d["share"] for d in m["domains"].values()] for m in mixtures(tmp_path / "run")]
+    np.testing.assert_array_equal(alone, np.eye(3))
+    q = [loss["Q"] for loss in losses(tmp_path / "run")]
+    # Trained alone, a domain does best on its own capability.
+    own = [loss["reference_loss"][name] for loss, name in zip(losses(tmp_path / "run"), DOMAINS, strict=True)]
+    assert own == [min(loss["reference_loss"][name] for loss in losses(tmp_path / "run")) for name in DOMAINS]
+    assert f"Mean Q of all 3 on the reference sets: {np.mean(q):.4f}" in out
+    assert read(tmp_path / "run/state.json")["best_round"] == int(np.argmin(q))
+    assert not [*(tmp_path / "run").glob("round_*/model")]
+    assert run(data, tmp_path / "run", stage="report", **few) == 0
+    capsys.readouterr()
+    assert run(data, tmp_path / "run", **few, mixing__rounds=3) == 2
+    assert "mixing.rounds (1 -> 3)" in capsys.readouterr().err
+    assert run(data, tmp_path / "on", **few, mixing__start="continue") == 2
+    assert "mixing.start: the rounds of specific stand beside each other" in capsys.readouterr().err
+
+
+def test_random_draws_go_on_whatever_they_give(data, tmp_path, quick, capsys):
+    few = {"data__max_examples": 16, "mixing__method": "random"}
+    assert run(data, tmp_path / "run", **few, mixing__rounds=1) == 0
+    first = mixtures(tmp_path / "run")
+    assert run(data, tmp_path / "run", **few, mixing__rounds=2) == 0
+    found = mixtures(tmp_path / "run")
+    assert found[:2] == first and len(found) == 3, "patience does not end it"
+    assert "Best of 3 results" in capsys.readouterr().out
+    totals = [m["total_tokens"] for m in found]
+    # Each domain's tokens are right to half of its longest example.
+    longest = max(row["longest"] for row in read(tmp_path / "run/data.json"))
+    assert max(totals) - min(totals) <= 3 * longest
+
+
+def test_loss_starts_from_the_base_models_losses(data, tmp_path, quick):
+    few = {"mixing__method": "loss", "mixing__rounds": 1}
+    assert run(data, tmp_path / "run", **few) == 0
+    base = read(tmp_path / "run/base/evaluation.json")["reference_loss"]
+    first, then = mixtures(tmp_path / "run")
+    for mixture, by in ((first, base), (then, losses(tmp_path / "run")[0]["reference_loss"])):
+        for name, domain in mixture["domains"].items():
+            # Right to half of an example of at most 64 tokens.
+            expected = by[name] / sum(by.values())
+            assert abs(domain["share"] - expected) * mixture["total_tokens"] <= 64
+    assert run(data, tmp_path / "mix", stage="mix", **few) == 0
+    assert read(tmp_path / "mix/mixture.json")["domains"] == first["domains"]
+
+
+def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys):
+    few = {"mixing__method": "regmix", "data__max_examples": 16}
+    assert run(data, tmp_path / "run", **few, mixing__rounds=4) == 2
+    assert "mixing.rounds: regmix cannot learn from 4 proxy runs" in capsys.readouterr().err
+    assert run(data, tmp_path / "run", **few, mixing__rounds=5) == 0
+    out = capsys.readouterr().out
+    assert "inner loops: 1 of 6 steps, 5 of 2 steps" in out and "Result: round 5." in out
+    training = [read(path) for path in sorted((tmp_path / "run").glob("round_*/training.json"))]
+    rows = [sum(d["size"] for d in m["domains"].values()) for m in mixtures(tmp_path / "run")]
+    steps = [math.ceil(math.ceil(count / 8) * part) for count, part in zip(rows, [0.25] * 5 + [1], strict=True)]
+    assert [(t["steps"], t["is_result"]) for t in training] == list(zip(steps, [False] * 5 + [True], strict=True))
+    assert read(tmp_path / "run/mixture.json")["round"] == read(tmp_path / "run/state.json")["best_round"] == 5
+    step = read(tmp_path / "run/round_04/step.json")
+    assert list(step["held_out_spearman"]) == list(DOMAINS) and not (tmp_path / "run/round_03/step.json").exists()
+    shares = [d["share"] for d in read(tmp_path / "run/mixture.json")["domains"].values()]
+    total = read(tmp_path / "run/mixture.json")["total_tokens"]
+    longest = max(row["longest"] for row in read(tmp_path / "run/data.json"))
+    # Each domain's tokens are right to half of its longest example, and so is the total they are divided by, to three.
+    np.testing.assert_allclose(shares, list(step["shares"].values()), atol=2 * longest / total)
+    assert run(data, tmp_path / "run", stage="report", **few, mixing__rounds=5) == 0
 
 
 def test_lora_run_ends_with_a_plain_model(data, tmp_path, quick):

@@ -136,6 +136,17 @@ def test_mixture_json_leads_to_the_same_rows(data, trained, seed):
         assert (back.domains[name].counts == domain.counts).all()
 
 
+def test_change_from_nothing_is_null():
+    """JSON knows neither nan nor infinity; a domain that is left out has no rows, no tokens and no share."""
+    trained = {"a": np.ones(30, dtype=int), "b": np.ones(30, dtype=int)}
+    beta = np.array([0.5, np.nan])
+    mixture = build_mixture(trained, np.array([1.5, 0.0]), seed=0, round=1, beta=beta, total_tokens=45)
+    entries = mixture.to_json()["domains"]
+    assert entries["a"] == {"pool": 30, "size": 45, "ratio": 1.5, "share": 1.0, "beta": 0.5}
+    assert entries["b"] == {"pool": 30, "size": 0, "ratio": 0.0, "share": 0.0, "beta": None}
+    assert mixture_of_sizes(trained, mixture.to_json(), seed=0).to_json() == mixture.to_json()
+
+
 @given(st.data(), pools, seeds)
 def test_ratios_of_a_mixture_json_give_the_same_sizes(data, trained, seed):
     """As --mixing.ratios FILE: size / pool must not lose an example to rounding."""

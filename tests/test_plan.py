@@ -256,6 +256,19 @@ def test_time_adds_up():
     assert "does NOT fit 0.0 MB" in long_text(validate({}), sizes, plan)
 
 
+def test_short_inner_loops_are_counted_by_their_length():
+    """Ten proxies and the result's round: of 80 rows in batches of 16, 15 steps in three epochs and 4 of them."""
+    machine = Machine("x", wide=1e9, narrow=1e9, moved=1e9, eigen=1e-9, memory=10.0)
+    plan = tiny_plan(machine=machine, mixing__method="regmix", mixing__rounds=10)
+    whole, short = plan.training
+    assert (whole.times, whole.sequences, short.times, short.sequences) == (1, 15 * 16, 10, 4 * 16)
+    assert short.seconds == pytest.approx(whole.seconds * 4 / 15) and short.passes == pytest.approx(0.8)
+    assert short.peak == whole.peak and not plan.outer
+    evaluation = plan.phases[2]
+    assert evaluation.times == 12
+    assert plan.seconds == pytest.approx(whole.seconds + 10 * short.seconds + 12 * evaluation.seconds)
+
+
 def test_refusals():
     with pytest.raises(UserError, match="train.global_batch_size: 16 is not a multiple"):
         tiny_plan(3)

@@ -76,6 +76,8 @@ def test_check(folder, tmp_path):
     same = {"seed": 0, "mixing": {"rounds": 1}, "train": {"report_to": "none"}}
     folder.check(same, flat)
     folder.check({**same, "mixing": {"rounds": 2}}, flat)
+    with pytest.raises(UserError, match=r"mixing\.rounds \(1 -> 2\)"):
+        folder.check({**same, "mixing": {"rounds": 2}}, flat, extends=False)
     folder.check({**same, "train": {"report_to": "wandb"}}, flat)
     with pytest.raises(UserError, match=r"seed \(0 -> 1\)\."):
         folder.check({**same, "seed": 1}, flat)

@@ -236,6 +236,9 @@ def test_rows_come_in_whole_batches_and_each_once(models):
 def test_max_steps_and_parts_of_epochs():
     assert RoundPlan.of(10, 100, TrainConfig(4, {"max_steps": 7})).steps == 7
     assert RoundPlan.of(10, 100, TrainConfig(4, {"num_train_epochs": 0.5})).steps == 2
+    # A part of the steps, rounded up, with the constant of a whole inner loop.
+    assert RoundPlan.of(10, 100, TrainConfig(4, {"max_steps": 7}), 0.25) == RoundPlan(3, 2, 100 / 3)
+    assert RoundPlan.of(10, 100, TrainConfig(4), 0.01).steps == 1
     assert RoundPlan.of(10, 100, TrainConfig(4)).steps == 9, "TrainingArguments' own default is three epochs"
 
 

@@ -1,12 +1,13 @@
 """What every mixer is: what is known after a round in, the next ratios out. Arrays only, no models, no files."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
+from ideal.mixers.controller import Controller
 from ideal.settings import STRICT
 
 
@@ -17,21 +18,48 @@ class MixingConfig:
     __pydantic_config__ = STRICT
 
     method: str = "ideal"
-    """which mixer: ideal (influence), joint (sizes as they are), uniform (as many examples of every domain)"""
+    """which mixer (docs/methods.md): ideal (influence); joint (sizes as they are), uniform, temperature, loss (shares
+    by reference loss); specific (each domain alone), random (several draws), regmix (regression on short runs);
+    doremi, doge (weights learned by a proxy); odm, skillit, aioli (revised while the model trains)"""
     rounds: Annotated[int, Field(ge=0)] = 2
-    """outer steps R: R + 1 inner loops, round_00 to round_RR"""
+    """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss: outer steps;
+    random: further draws; regmix: proxy runs; joint, uniform, temperature: never; specific: once per domain; doremi,
+    doge: proxies in turn; skillit, aioli: revisions within the last inner loop; odm: after every step"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """m: the largest relative change of a domain's volume in one outer step"""
     step: Literal["fixed"] = "fixed"
     """the rule that turns influence into beta; fixed: the paper's, beta = -m alpha / max |alpha|"""
     budget: Literal["free", "fixed"] = "free"
-    """free: the total may grow or shrink (paper); fixed: trained tokens stay the same"""
+    """ideal's total; free: it may grow or shrink (paper); fixed: trained tokens stay the same, as with all others"""
     start: Literal["base", "continue"] = "base"
     """each inner loop starts from the base model (paper), or continues from the last round's"""
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
     patience: Annotated[int, Field(ge=1)] = 1
-    """stop after this many rounds in a row without a lower Q than the best before"""
+    """stop after this many rounds in a row without a lower Q than the best before; ideal and loss"""
+    proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """the part of an inner loop's optimizer steps that a proxy run of regmix takes"""
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    """temperature's T: sizes in proportion to the start's sizes to the power 1/T; 1: joint, large: uniform"""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is known before round 0, for n domains and R capabilities.
+
+    seed: the run's. domains, capabilities: [n], [R] their names, in the order of all arrays.
+    weights: [R] w_r, sum 1.
+    pool_sizes, pool_tokens: [n] examples and trained tokens of each pool.
+    base_loss: [R] L_ref,r of the base model per trained token; None before it is evaluated.
+    """
+
+    seed: int
+    domains: tuple[str, ...]
+    capabilities: tuple[str, ...]
+    weights: np.ndarray
+    pool_sizes: np.ndarray
+    pool_tokens: np.ndarray
+    base_loss: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -41,6 +69,7 @@ class RoundResult:
     pool_sizes, ratios, shares: [n] examples per pool, size / pool, s_j.
     reference_loss, weights: [R] L_ref,r per trained token, w_r (sum 1).
     influence: [R, n] M in its free form; None where the mixer asks for none.
+    observed: what the round's controller left (`Controller.observed`); empty without one.
     """
 
     round: int
@@ -50,38 +79,112 @@ class RoundResult:
     reference_loss: np.ndarray
     weights: np.ndarray
     influence: np.ndarray | None
+    observed: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Step:
     """The change that a mixer proposes.
 
-    ratios, beta: [n] the next ratios, the relative changes that lead there.
+    ratios, beta: [n] the next ratios, the relative changes that lead there (nan: from or to nothing).
     alpha: [n] dQ/dbeta as used (centred with a fixed volume), where the mixer has one.
+    information: JSON-able, what the step rests on, for the round's step.json.
+    warnings: what a user should know before trusting the step, one line each.
     """
 
     ratios: np.ndarray
     beta: np.ndarray
     alpha: np.ndarray | None = field(default=None)
+    information: Mapping[str, Any] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
 
 
 class Mixer:
-    """The interface. A new mixer is one file with one subclass and one line in `ideal/mixers/__init__.py`."""
+    """The interface. A new mixer is one file with one subclass and one line in `ideal/mixers/__init__.py`.
+
+    A mixer holds no state: everything follows from the configuration, the setup and the rounds so far, so a run
+    that was killed continues as if it had not been.
+    """
 
     needs_influence: ClassVar[bool] = False
+    needs_base_loss: ClassVar[bool] = False
+    """Whether `start` follows from `setup.base_loss`."""
+    has_budget: ClassVar[bool] = False
+    """Whether mixing.budget is this method's business; all others hold the start's trained tokens."""
+    whole_gradients: ClassVar[bool] = False
+    """Whether a controller measures gradients, which train.fsdp does not allow."""
+    successive: ClassVar[bool] = True
+    """Whether each round is meant to be better than the one before. If so mixing.patience may end the run and
+    mixing.start may continue a model; if not, rounds are tries that stand beside each other."""
+    extends: ClassVar[bool] = True
+    """Whether a finished run may go on with more mixing.rounds: what a round is for does not depend on how many
+    there are."""
 
-    def __init__(self, config: MixingConfig) -> None:
-        self.config = config
+    def __init__(self, config: MixingConfig, setup: Setup) -> None:
+        self.config, self.setup = config, setup
 
     @classmethod
     def moves(cls) -> bool:
         """Whether this method ever changes its mixture after a round."""
         return cls.propose is not Mixer.propose
 
-    def start(self, ratios: np.ndarray, pool_sizes: np.ndarray) -> np.ndarray:
-        """[n] the ratios of round 0, from the ones the user gave and the pools' sizes [n]."""
+    @property
+    def keeps_volume(self) -> bool:
+        """Whether every round holds the start's trained tokens; ratios then say in which proportion."""
+        return not self.has_budget or self.config.budget == "fixed"
+
+    def last_round(self) -> int:
+        """The number of the last round, when nothing stops the run before; rounds count from 0."""
+        return self.config.rounds if self.moves() else 0
+
+    def length(self, number: int) -> float:
+        """The part of an inner loop's optimizer steps that round `number` takes."""
+        return 1.0
+
+    def is_result(self, number: int) -> bool:
+        """Whether round `number`'s model may be the run's result."""
+        return True
+
+    def reads(self, number: int) -> Sequence[int]:
+        """The earlier rounds whose trained models round `number`'s controller reads; they are kept until then."""
+        return ()
+
+    def controller(self, number: int, rounds: Sequence[RoundResult]) -> Controller | None:
+        """What steers round `number`'s inner loop, after `rounds`; None: its mixture is drawn as it is."""
+        return None
+
+    def start(self, ratios: np.ndarray) -> np.ndarray:
+        """[n] the ratios of round 0, from the ones the user gave [n].
+
+        Also asked before the base model is evaluated (`setup.base_loss` None), for what the run will take: a
+        method that needs those losses then answers `ratios`. A domain of ratio 0 stays out. Unless the answer
+        is `ratios` itself, only its proportions count: the total is that of `ratios`.
+        """
         return ratios
 
     def propose(self, rounds: Sequence[RoundResult]) -> Step | None:
         """The step after the last of `rounds`; None when this method never changes its mixture."""
         return None
+
+    def with_shares(self, shares: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+        """[n] the ratios that have token shares [n] and the volume of `ratios` [n]."""
+        return ratios_of_shares(shares, ratios @ self.setup.pool_tokens, self.setup.pool_tokens)
+
+    def step_to(self, shares: np.ndarray, last: RoundResult, **more: Any) -> Step:
+        """The step from `last` to token shares [n] with the same volume; `more`: the Step's other fields."""
+        ratios = self.with_shares(shares, last.ratios)
+        return Step(ratios, relative_change(last.ratios, ratios), **more)
+
+
+def ratios_of_shares(shares: np.ndarray, total_tokens: float, pool_tokens: np.ndarray) -> np.ndarray:
+    """[n] ratios (size / pool) that give `total_tokens` trained tokens in these shares [n] (any positive sum).
+
+    Exact but for rounding to examples; a share of 0 is a ratio of 0.
+    """
+    return shares / shares.sum() * total_tokens / pool_tokens
+
+
+def relative_change(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """[n] new / old - 1; nan where a domain comes from nothing or goes to nothing, which is no change of a volume."""
+    both = (old > 0) & (new > 0)
+    return np.where(both, new / np.where(both, old, 1), np.nan) - 1

@@ -23,6 +23,7 @@ class Ideal(Mixer):
     """alpha = w^T M, centred when the volume is fixed; beta by the paper's rule."""
 
     needs_influence = True
+    has_budget = True
 
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
         """The paper's step from the last round's influence matrix."""

@@ -10,9 +10,23 @@ class Joint(Mixer):
 
 
 class Uniform(Mixer):
-    """As many examples of every domain, their total that of the start; repeated where a pool is too small."""
+    """As many examples of every domain, repeated where a pool is too small, with the start's trained tokens."""
 
-    def start(self, ratios: np.ndarray, pool_sizes: np.ndarray) -> np.ndarray:
-        """[n] total / n examples each, as ratios of the pools."""
-        total = float(ratios @ pool_sizes)
-        return total / len(pool_sizes) / pool_sizes
+    def start(self, ratios: np.ndarray) -> np.ndarray:
+        """[n] ratios of equal sizes."""
+        return self.with_shares((ratios > 0) * self.setup.pool_tokens / self.setup.pool_sizes, ratios)
+
+
+class Temperature(Mixer):
+    """Sizes between the start's and equal ones: temperature-scaled mixing (Raffel et al. 2020, arXiv 1910.10683,
+    section 3.5.2, without its limit on the sizes), with the start's trained tokens."""
+
+    def start(self, ratios: np.ndarray) -> np.ndarray:
+        """[n] ratios of sizes in proportion to (start size)^(1/T)."""
+        sizes = tempered(ratios * self.setup.pool_sizes, self.config.temperature)
+        return self.with_shares(sizes * self.setup.pool_tokens / self.setup.pool_sizes, ratios)
+
+
+def tempered(sizes: np.ndarray, temperature: float) -> np.ndarray:
+    """[n] sizes^(1/T) relative to the largest, so that no power overflows; 0 stays 0."""
+    return (sizes / sizes.max()) ** (1 / temperature)

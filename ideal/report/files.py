@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from ideal.mixers import MIXERS, Mixer
+
 Json = dict[str, Any]
 
 
@@ -26,6 +28,8 @@ class RoundFiles:
     """reference_loss and test_loss per capability (mean loss per trained token), Q, Q_test."""
     influence: Json = field(default_factory=dict)
     """domains, capabilities, matrix [R, n] (free form), matrix_fixed, alpha, standard_errors and more."""
+    training: Json = field(default_factory=dict)
+    """steps, training_loss, seconds, observed, is_result (whether its model may be the run's result)."""
     free_objective: dict[str, float] = field(default_factory=dict)
     """dQ/dbeta per domain in the free form (influence.csv's row "objective")."""
 
@@ -83,17 +87,27 @@ class RunFiles:
         return [r for r in self.rounds if number(r.evaluation.get("Q")) is not None]
 
     @property
+    def results(self) -> list[RoundFiles]:
+        """The evaluated rounds whose model may be the run's result."""
+        return [r for r in self.evaluated if r.training.get("is_result", True)]
+
+    @property
     def best(self) -> RoundFiles | None:
-        """The round that the run kept, or the one of lowest Q so far (the earliest of equal ones)."""
+        """The round that the run kept, or the result of lowest Q so far (the earliest of equal ones)."""
         kept = self.round(self.mixture.get("round", -1))
         if number(kept.evaluation.get("Q")) is not None:
             return kept
-        return min(self.evaluated, key=lambda r: (r.evaluation["Q"], r.number), default=None)
+        return min(self.results, key=lambda r: (r.evaluation["Q"], r.number), default=None)
+
+    @property
+    def method(self) -> type[Mixer]:
+        """The run's mixer; the interface's own answers for one that is not known here."""
+        return MIXERS.get(str(self.setting("mixing.method")), Mixer)
 
     @property
     def fixed_budget(self) -> bool:
         """Whether the run kept its total of trained tokens."""
-        return bool(self.setting("mixing.budget") == "fixed")
+        return not self.method.has_budget or self.setting("mixing.budget") == "fixed"
 
 
 def load_run(folder: Path) -> RunFiles:
@@ -120,6 +134,7 @@ def load_run(folder: Path) -> RunFiles:
             mixture=read(path / "mixture.json", json.loads, dict),
             evaluation=read(path / "evaluation.json", json.loads, dict),
             influence=read(path / "influence.json", json.loads, dict),
+            training=read(path / "training.json", json.loads, dict),
             free_objective=read(path / "influence.csv", _objective_row, dict),
         )
         for index, path in sorted(numbered)

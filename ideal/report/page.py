@@ -68,7 +68,7 @@ def render_page(run: RunFiles, figures: list[str]) -> str:
         warnings=warnings(run),
         change=tables.change_table(run),
         best_number=best.number if best else None,
-        best_losses=tables.loss_table(run, best.number, against=0) if best else None,
+        best_losses=tables.best_table(run, best.number) if best else None,
         overview=tables.overview_table(run),
         reference_losses=tables.losses_table(run, "reference"),
         test_losses=tables.losses_table(run, "test"),

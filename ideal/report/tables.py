@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ideal.influence.matrix import NORMAL_95, Errors
-from ideal.report.files import Json, RunFiles, number
+from ideal.report.files import Json, RoundFiles, RunFiles, number
 
 WIDTH = 100
 MISSING = "-"
@@ -120,9 +120,15 @@ def loss_table(run: RunFiles, round_number: int, against: int | None = None) -> 
     return Table("", header, rows)
 
 
+def best_table(run: RunFiles, best: int) -> Table:
+    """The best round's losses, beside the start's where one led to the other."""
+    return loss_table(run, best, against=0 if run.method.successive else best)
+
+
 def overview_table(run: RunFiles) -> Table:
-    """One row per round, the base model first: trained tokens, Q and its change against the start."""
-    header = ["round", "trained tokens", "Q", "vs start"] + ["Q (test)", "vs start"] * run.has_tests
+    """One row per round, the base model first: trained tokens, Q and its change against round 0."""
+    against = "vs start" if run.method.successive else "vs round 0"
+    header = ["round", "trained tokens", "Q", against] + ["Q (test)", against] * run.has_tests
     start, best = run.round(0).evaluation, run.best
 
     def row(name: str, tokens: Any, evaluation: Json) -> list[str]:
@@ -135,7 +141,7 @@ def overview_table(run: RunFiles) -> Table:
 
     rows = [row("base model", None, run.base)] if run.base else []
     for this in run.rounds:
-        note = " (start)" if this.number == 0 else ""
+        note = " (start)" if this.number == 0 and run.method.successive else ""
         if best is not None and this.number == best.number and len(run.evaluated) > 1:
             note += " (best)"
         rows.append(row(f"round {this.number}{note}", this.mixture.get("total_tokens"), this.evaluation))
@@ -168,9 +174,9 @@ def losses_table(run: RunFiles, kind: str) -> Table:
 
 
 def change_table(run: RunFiles) -> Table:
-    """One row per domain: ratio, size and share at the start and in the best round."""
+    """One row per domain: ratio, size and share at the start and in the best round, where one led to the other."""
     best = run.best
-    if best is None or best.number == 0:
+    if best is None or best.number == 0 or not run.method.successive:
         return Table("", [], [])
     first, last = (r.mixture.get("domains", {}) for r in (run.round(0), best))
     header = ["domain", "ratio: start", "best", "change", "size: start", "best", "share: start", "best"]
@@ -324,7 +330,7 @@ def final_summary(run: RunFiles) -> str:
     if change_of_mixture:
         parts.append(as_text(change_of_mixture))
     if run.best is not None:
-        parts.append(as_text(loss_table(run, run.best.number, against=0)))
+        parts.append(as_text(best_table(run, run.best.number)))
     parts += [textwrap.fill(sentence, WIDTH) for sentence in caveats(run)]
     files = [[name, what] for name, what in present_files(run)]
     if files:
@@ -338,9 +344,12 @@ def outcome(run: RunFiles) -> list[str]:
     """The result in a few plain sentences, the most important first."""
     best, start = run.best, run.round(0)
     if best is None:
-        return ["No round has been evaluated yet."]
+        of = " whose model may be the result" if run.evaluated else ""
+        return [f"No round{of} has been evaluated yet."]
     last = run.evaluated[-1].number
-    if len(run.evaluated) == 1:
+    if not run.method.successive:
+        lines = tries_in_words(run, best)
+    elif len(run.evaluated) == 1:
         lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
     elif best.number == 0:
         lines = [f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."]
@@ -348,8 +357,9 @@ def outcome(run: RunFiles) -> list[str]:
         lines = [f"Best round: {best.number} of rounds 0 to {last}, by Q on the reference sets."]
     names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
     for key, name in names.items():
-        values = [("base model", run.base.get(key)), ("start", start.evaluation.get(key))]
-        values += [("best", best.evaluation.get(key))] if best.number else []
+        values = [("base model", run.base.get(key))]
+        values += [("start", start.evaluation.get(key))] if run.method.successive else []
+        values += [("best", best.evaluation.get(key))] if best.number or not run.method.successive else []
         known = [(label, v) for label, value in values if (v := number(value)) is not None]
         if not known:
             continue
@@ -358,9 +368,24 @@ def outcome(run: RunFiles) -> list[str]:
             text += f" ({relative(known[-2][1], known[-1][1])} against the start)"
         lines.append(f"{name}: {text}")
     tokens = [number(r.mixture.get("total_tokens")) for r in (start, best)]
-    if best.number and None not in tokens:
+    if best.number and None not in tokens and run.method.successive:
         pair = f"{count(tokens[0])} -> {count(tokens[1])}"
         lines.append(f"Trained tokens in the mixture: {pair} ({relative(tokens[0], tokens[1])})")
+    return lines
+
+
+def tries_in_words(run: RunFiles, best: RoundFiles) -> list[str]:
+    """The best of rounds that stand beside each other, and their mean: the best of several is flattered by chance."""
+    number_of = len(run.results)
+    if number_of == 1:
+        return [f"Result: round {best.number}."]
+    lines = [f"Best of {number_of} results: round {best.number}, by Q on the reference sets."]
+    for key, name in {"Q": "reference", "Q_test": "test"}.items():
+        values = [number(r.evaluation.get(key)) for r in run.results]
+        known = [value for value in values if value is not None]
+        if len(known) == number_of:
+            spread = f"{loss(min(known))} to {loss(max(known))}"
+            lines.append(f"Mean Q of all {number_of} on the {name} sets: {loss(float(np.mean(known)))} ({spread})")
     return lines
 
 
@@ -371,7 +396,7 @@ def caveats(run: RunFiles) -> list[str]:
         sentences.append("The run has not finished: all of this is what is known so far.")
     if best is not None and best.number:
         old, new = (number(r.mixture.get("total_tokens")) for r in (run.round(0), best))
-        if run.setting("mixing.budget") == "free" and old is not None and new is not None:
+        if not run.fixed_budget and old is not None and new is not None:
             sentences.append(
                 f"The budget was free and the total of trained tokens changed by {relative(old, new)}: part "
                 "of a gain may be volume and not proportion. The start's mixture scaled to the same total is "

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ideal.report import final_summary, load_run, render_report, round_table
+from ideal.report import final_summary, load_run, render_report, round_table, tables
 from ideal.report.figures import influence_figure
 from ideal.report.tables import WIDTH, alpha_table, as_text, influence_table, overview_table, shorten
 
@@ -397,3 +397,37 @@ def test_figures_of_every_size(tmp_path: Path, count: int, rounds: int, scale: f
     assert len(figures) == 2 + rounds - 1
     for figure in figures:
         assert_png(figure)
+
+
+def set_method(folder: Path, method: str, results: set[int]) -> None:
+    """Makes a run one of `method`, whose rounds but `results` were too short to be kept."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["mixing"]["method"] = method
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in folder.glob("round_*"):
+        number = int(path.name.removeprefix("round_"))
+        write(path / "training.json", {"steps": 3, "is_result": number in results})
+
+
+def test_tries_are_reported_with_their_mean(tmp_path: Path) -> None:
+    """Q of the made-up rounds of one capability: 1, 0.97 and 0.97^2; their mean is 0.9703, times 1.03 on the tests."""
+    folder = write_run(tmp_path / "run", ["x", "y"], ["a"], 3, influence=False)
+    set_method(folder, "random", {0, 1, 2})
+    run = load_run(folder)
+    lines = tables.outcome(run)
+    assert lines[0] == "Best of 3 results: round 2, by Q on the reference sets."
+    assert lines[1] == "Mean Q of all 3 on the reference sets: 0.9703 (0.9409 to 1.0000)"
+    assert lines[2] == "Mean Q of all 3 on the test sets: 0.9994 (0.9691 to 1.0300)"
+    assert "start" not in " ".join([*lines, tables.as_text(tables.overview_table(run)), tables.final_summary(run)])
+    assert not any("budget" in text for text in tables.caveats(run)), "random has none"
+
+
+def test_rounds_that_may_not_be_the_result_are_not_the_best(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", ["x", "y"], ["a"], 4, influence=False)
+    set_method(folder, "regmix", {1})
+    (folder / "mixture.json").unlink()  # as in a run that is still going on
+    run = load_run(folder)
+    assert run.best is not None and run.best.number == 1
+    assert tables.outcome(run)[0] == "Result: round 1."
+    set_method(folder, "regmix", set())
+    assert load_run(folder).best is None and "may be the result" in tables.outcome(load_run(folder))[0]
