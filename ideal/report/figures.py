@@ -73,18 +73,23 @@ def ratios_figure(run: RunFiles) -> Figure:
     rounds = [r for r in run.rounds if r.mixture.get("domains")]
     steps = [r.number for r in rounds]
     styles = _styles(run)
-    figure = Figure(figsize=(max(9.0, 6.2 + 0.75 * len(steps)), 4.2), layout="constrained")
+    figure = Figure(figsize=(min(max(9.0, 6.2 + 0.75 * len(steps)), 24.0), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     base = np.zeros(len(rounds))
-    largest, smallest = 0.0, math.inf
+    found = {
+        name: np.array([_value(r.mixture["domains"].get(name, {}).get("ratio")) for r in rounds])
+        for name in run.domains
+    }
+    positive = [ratio for ratios in found.values() for ratio in ratios if ratio > 0]
+    largest, smallest = max(positive, default=0.0), min(positive, default=math.inf)
+    logarithmic = largest > 25 * smallest
     for name in run.domains:
         colour, marker, hatch = styles[name]
         entries = [r.mixture["domains"].get(name, {}) for r in rounds]
-        ratios = np.array([_value(e.get("ratio")) for e in entries])
-        left.plot(steps, ratios, color=colour, marker=marker, markersize=6, linewidth=1.8, clip_on=False)
-        positive = ratios[ratios > 0]
-        if positive.size:
-            largest, smallest = max(largest, positive.max()), min(smallest, positive.min())
+        # A logarithmic axis has no place for a domain that is left out.
+        ratios = np.where(found[name] > 0, found[name], np.nan) if logarithmic else found[name]
+        left.plot(steps, ratios, color=colour, marker=marker, markersize=6, linewidth=1.8 * run.method.successive,
+                  clip_on=False)  # fmt: skip
         shares = np.nan_to_num(np.array([_value(e.get("share")) for e in entries]))
         right.bar(steps, shares, 0.7, base, color=colour, hatch=hatch, edgecolor="white", linewidth=0.8)
         for x, bottom, share in zip(steps, base, shares, strict=True):
@@ -94,7 +99,7 @@ def ratios_figure(run: RunFiles) -> Figure:
                 right.text(x, bottom + share / 2, f"{100 * share:.0f}%", color=ink, **place)
         base += shares
     left.axhline(1, color=FAINT, linewidth=1, linestyle=(0, (2, 2)), zorder=0)
-    if largest > 25 * smallest:
+    if logarithmic:
         left.set_yscale("log")
         left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         left.yaxis.set_minor_locator(NullLocator())
@@ -137,12 +142,13 @@ def losses_figure(run: RunFiles) -> Figure:
             values = np.array([_value(v if name is None else (v or {}).get(name)) for v in found])
             if np.isfinite(values).any():
                 axes.plot(positions, values, color=colour, linestyle=dashes, marker="o", markersize=4.5,
-                          linewidth=2.2 if name is None else 1.7, markerfacecolor=face)  # fmt: skip
+                          linewidth=(2.2 if name is None else 1.7) * run.method.successive,
+                          markerfacecolor=face)  # fmt: skip
         title = "Q, the objective" if name is None else _label(name, 18)
         axes.set_title(title, loc="left", fontweight="bold" if name is None else "normal")
         # The base model's loss may lie so far off that the rounds' own change is hard to see.
         rounds = _reference(models, name)
-        if len(rounds) > 1:
+        if len(rounds) > 1 and run.method.successive:
             axes.set_title(f"{rounds[0]:.3f} → {rounds[-1]:.3f}", loc="right", fontsize=8.5, color="#666666")
         axes.grid(axis="y")
         axes.margins(y=0.15)

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from ideal.report import final_summary, load_run, render_report, round_table, tables
-from ideal.report.figures import influence_figure
+from ideal.report.figures import influence_figure, ratios_figure
 from ideal.report.tables import WIDTH, alpha_table, as_text, influence_table, overview_table, shorten
 
 FIVE = ["math", "coding", "reasoning", "instruction", "trust"]
@@ -431,3 +431,20 @@ def test_rounds_that_may_not_be_the_result_are_not_the_best(tmp_path: Path) -> N
     assert tables.outcome(run)[0] == "Result: round 1."
     set_method(folder, "regmix", set())
     assert load_run(folder).best is None and "may be the result" in tables.outcome(load_run(folder))[0]
+
+
+def test_domains_that_are_left_out_stay_inside_the_figure(tmp_path: Path) -> None:
+    """A ratio of 0 beside one of 30 has no place on a logarithmic axis."""
+    folder = write_run(tmp_path / "run", ["x", "y"], ["a"], 3, influence=False)
+    set_method(folder, "specific", {0, 1, 2})
+    for index, values in enumerate([(30.0, 0.0), (0.0, 30.0), (1.0, 1.0)]):
+        path = folder / f"round_{index:02d}" / "mixture.json"
+        mixture = json.loads(path.read_text())
+        for entry, value in zip(mixture["domains"].values(), values, strict=True):
+            entry["ratio"] = value
+        write(path, mixture)
+    left = ratios_figure(load_run(folder)).axes[0]
+    assert left.get_yscale() == "log"
+    drawn = [line for line in left.get_lines() if len(line.get_xdata()) == 3]
+    np.testing.assert_array_equal([line.get_ydata() for line in drawn], [[30, np.nan, 1], [np.nan, 30, 1]])
+    assert not any(line.get_linewidth() for line in drawn), "tries are points: nothing leads from one to the next"
