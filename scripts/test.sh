@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 bash scripts/setup.sh requirements-dev.txt
 .venv/bin/ruff check .
 .venv/bin/mypy
-exec .venv/bin/python -m pytest "$@"
+# A worker for each core, and each file in one worker: its fixtures are made once.
+exec .venv/bin/python -m pytest -n auto --dist loadfile "$@"
