@@ -11,6 +11,7 @@ import datasets
 import torch.distributed as dist
 import transformers
 
+from ideal.compare.stage import compare_stage
 from ideal.config import Command, Config, dump, help_text, read_command
 from ideal.data.inspection import report_table, show_example
 from ideal.distributed import barrier, is_main, say, together, world_size
@@ -65,6 +66,8 @@ def execute(command: Command) -> None:
     folder = RunFolder(Path(command.config.output_dir))
     if command.stage == "report":
         return report_stage(folder)
+    if command.stage == "compare":
+        return compare_stage(command)
     config = with_demo(command.config)
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)

@@ -153,10 +153,7 @@ def of_method(config: Config, method: str, seed: int, output_dir: str, changes: 
     """
     tree = dump(config)
     tree |= {"seed": seed, "output_dir": output_dir, "mixing": {**tree["mixing"], **changes, "method": method}}
-    try:
-        return validate(tree)
-    except UserError as error:
-        raise UserError(f"{method}: {error}") from None
+    return validate(tree)
 
 
 def validate(tree: Tree) -> Config:
