@@ -39,7 +39,8 @@ class Comparison:
     tokenizer: PreTrainedTokenizerBase | None = None
     loaded: dict[int, Data] = field(default_factory=dict)
     """The data of the seed that was used last: held-out cuts differ between seeds."""
-    runs: list[RunNumbers] = field(default_factory=list)
+    runs: dict[tuple[str, int], RunNumbers] = field(default_factory=dict)
+    """By row and seed."""
     controls: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
@@ -64,8 +65,8 @@ class Comparison:
     def write(self, methods: Sequence[str]) -> None:
         """The leaderboard of what there is, on rank 0."""
         if is_main():
-            expected = len(methods) * len(self.seeds)
-            write_leaderboard(self.folder.path, leaderboard(self.runs, self.controls, self.failed, expected))
+            runs, expected = list(self.runs.values()), len(methods) * len(self.seeds)
+            write_leaderboard(self.folder.path, leaderboard(runs, self.controls, self.failed, expected))
         barrier()
 
 
@@ -85,13 +86,11 @@ def compare_stage(command: Command) -> None:
     barrier()
     count = f"{len(methods)} methods x {len(comparison.seeds)} seeds"
     say(f"compare: {count} in {folder.path}: {', '.join(methods)}\n")
+    # What is there already first, so that the leaderboard never shows less than it did.
+    all_runs(comparison, methods, start=False)
+    say(f"compare: {len(comparison.runs)} run(s) are finished")
     comparison.write(methods)
-    for seed in comparison.seeds:
-        for method in methods:
-            done = one_run(comparison, method, method, seed)
-            if done is not None:
-                add_control(comparison, method, done)
-            comparison.write(methods)
+    all_runs(comparison, methods, start=True)
     say("\n" + console_tables(folder.path) if is_main() else "")
     if comparison.failed:
         first = "; ".join(f"{name}: {text}" for name, text in comparison.failed.items())
@@ -135,14 +134,30 @@ def allowed_methods(comparison: Comparison) -> Iterator[str]:
         yield method
 
 
-def one_run(comparison: Comparison, row: str, method: str, seed: int, factor: float = 1.0) -> RunNumbers | None:
-    """The run of a row and seed, resumed or skipped where it is there; what it came to, None where it failed.
+def all_runs(comparison: Comparison, methods: Sequence[str], *, start: bool) -> None:
+    """Every run in turn, all methods of a seed before the next seed; `start`: else only those that are finished."""
+    for seed in comparison.seeds:
+        for method in methods:
+            before = len(comparison.runs) + len(comparison.failed)
+            done = one_run(comparison, method, method, seed, start=start)
+            if done is not None:
+                add_control(comparison, method, done, start=start)
+            if start and len(comparison.runs) + len(comparison.failed) > before:
+                comparison.write(methods)
+
+
+def one_run(
+    comparison: Comparison, row: str, method: str, seed: int, factor: float = 1.0, *, start: bool
+) -> RunNumbers | None:
+    """What the run of a row and seed came to; None where it failed, or is not finished and not to be started.
 
     factor: by which joint's ratios of this seed are multiplied.
     """
+    if (row, seed) in comparison.runs:
+        return comparison.runs[row, seed]
     config = comparison.config(method, row, seed)
     if factor != 1:
-        ratios = {name: ratio * factor for name, ratio in found(comparison, JOINT, seed).ratios.items()}
+        ratios = {name: ratio * factor for name, ratio in comparison.runs[JOINT, seed].ratios.items()}
         config = replace(config, mixing=replace(config.mixing, ratios=ratios))
     folder = RunFolder(comparison.place(row, seed))
     command = replace(comparison.command, config=config, stage="run", restart=False)
@@ -153,9 +168,9 @@ def one_run(comparison: Comparison, row: str, method: str, seed: int, factor: fl
         if row == method:
             raise
         together(lambda: folder.clear() if is_main() else None)
-    if exists(folder.state) and folder.finished and not folder.grows(dump(config)):
-        say(f"compare: {row}, seed {seed} is finished")
-    else:
+    if not (exists(folder.state) and folder.finished and not folder.grows(dump(config))):
+        if not start:
+            return None
         say(f"\ncompare: {row}, seed {seed}\n")
         try:
             run_here(comparison, config, folder)
@@ -170,7 +185,7 @@ def one_run(comparison: Comparison, row: str, method: str, seed: int, factor: fl
             remove(path)
     numbers = all_gather_objects(numbers_of(load_run(folder.path), row, seed) if is_main() else None)[0]
     assert numbers is not None, "rank 0 has read them"
-    comparison.runs.append(numbers)
+    comparison.runs[row, seed] = numbers
     return numbers
 
 
@@ -185,22 +200,17 @@ def run_here(comparison: Comparison, config: Config, folder: RunFolder) -> None:
     run_loop(run)
 
 
-def add_control(comparison: Comparison, method: str, done: RunNumbers) -> None:
+def add_control(comparison: Comparison, method: str, done: RunNumbers, *, start: bool) -> None:
     """joint with all start ratios times the factor by which `method`'s result outgrew it, with the same seed.
 
     Where it did not grow, joint's own run is the control of that seed. Methods that keep the volume have none.
     """
     config = comparison.config(method, method, done.seed)
-    if not MIXERS[method].has_budget or config.mixing.budget == "fixed":
+    if not MIXERS[method].has_budget or config.mixing.budget == "fixed" or (JOINT, done.seed) not in comparison.runs:
         return
-    joint, row = found(comparison, JOINT, done.seed), f"{CONTROL}{method}"
+    joint, row = comparison.runs[JOINT, done.seed], f"{CONTROL}{method}"
     comparison.controls[row] = method
     if done.tokens > joint.tokens:
-        one_run(comparison, row, JOINT, done.seed, done.tokens / joint.tokens)
+        one_run(comparison, row, JOINT, done.seed, done.tokens / joint.tokens, start=start)
     else:
-        comparison.runs.append(replace(joint, row=row))
-
-
-def found(comparison: Comparison, row: str, seed: int) -> RunNumbers:
-    """What a run came to that is there already."""
-    return next(run for run in comparison.runs if (run.row, run.seed) == (row, seed))
+        comparison.runs[row, done.seed] = replace(joint, row=row)
