@@ -126,9 +126,10 @@ def test_cost_is_that_of_the_runs_files(finished):
                 tokens += sum(drawn.values()) if drawn else one["steps"] / math.ceil(rows / 8) * mixture["total_tokens"]
             aside = sum(sum(read(path)["seconds"].values()) for path in folder.glob("round_*/influence.json"))
             events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            aside += sum({e["round"]: e["values"]["seconds"] for e in events if e["phase"] == "reference losses"}.values())
+            losses = {e["round"]: e["values"]["seconds"] for e in events if e["phase"] == "reference losses"}
+            aside += sum(losses.values())
             aside += sum(one["measuring_seconds"] for one in training)
-            unit = read(joint / "round_00/mixture.json")["total_tokens"] * 1  # one epoch
+            unit = read(joint / "round_00/mixture.json")["total_tokens"]  # one epoch
             costs.append(tokens / unit + aside / read(joint / "round_00/training.json")["seconds"])
         assert row(content, name)["equivalents"]["mean"] == pytest.approx(np.mean(costs))
     assert row(content, "ideal")["inner_loops"]["mean"] == 2

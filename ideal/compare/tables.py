@@ -38,6 +38,14 @@ def losses_table(content: Json) -> Table:
     return Table("", header, rows)
 
 
+def summary_table(content: Json) -> Table:
+    """What a console has room for: the average loss, its change against joint, the worst, and the cost."""
+    losses, cost = losses_table(content), cost_table(content)
+    runs = cost.header.index("training runs")
+    rows = [[*line[:4], other[runs]] for line, other in zip(losses.rows, cost.rows, strict=True)]
+    return Table("", [*losses.header[:4], cost.header[runs]], rows)
+
+
 def changes_table(content: Json) -> Table:
     """One row per method but joint: the paired change of every capability's loss against joint."""
     names = content["capabilities"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ideal.compare import tables
+from ideal.compare.figures import draw
 from ideal.compare.leaderboard import (
     RunNumbers,
     by_chance,
@@ -24,6 +25,7 @@ from ideal.compare.leaderboard import (
     trained_tokens,
     training_run_equivalents,
 )
+from ideal.compare.writing import clear_leaderboard, write_leaderboard
 from ideal.report.files import RoundFiles, RunFiles
 
 
@@ -235,6 +237,7 @@ def test_tables(content):
     assert losses.rows[1][0] == "joint x 1.25 (as m)" and losses.rows[2][2] == "-"
     assert losses.rows[3][1:3] == ["8.0000", "+5.0000 ± -"]
     assert losses.rows[2][1].endswith("(worst)"), "late has not all seeds"
+    assert tables.summary_table(content).rows[0] == [*losses.rows[0][:4], "1.10 ± 0.00"]
     assert [line[0] for line in tables.changes_table(content).rows] == ["m", "joint x 1.25 (as m)", "late"]
     assert tables.cost_table(content).rows[0] == ["m", "2", "1", "1.10 ± 0.00", "11.0 s", "1.250 ± 0.050"]
     assert tables.mixture_table(content, "ratios").rows[0] == ["m", "1.000 ± 0.000", "1.500 ± 0.500"]
@@ -254,3 +257,37 @@ def test_markdown_and_csv(content):
 def test_a_name_that_would_break_a_table():
     text = tables.as_markdown(tables.Table("", ["loss", "a|b"], [["m", "1"]]))
     assert text.splitlines()[0] == "| loss | a\\|b |"
+
+
+def test_page_and_figures(content, tmp_path):
+    """What a person sees holds the tables' numbers, whatever the names are."""
+    text = json.dumps(content).replace('"late', '"<late>').replace('"m"', '"m & $x$"')
+    write_leaderboard(tmp_path, json.loads(text))
+    page = (tmp_path / "leaderboard.html").read_text()
+    assert "&lt;late&gt;" in page and "<late>" not in page and "m &amp; $x$" in page
+    assert "2.5000 ± 0.5000 (best)" in page and page.count("data:image/svg+xml;base64,") == 2
+    assert 'href="joint/seed_1/report.html"' in page and 'href="%3Clate%3E/seed_0/report.html"' in page
+    for name in ("score_and_cost", "mixtures"):
+        assert (tmp_path / f"figures/{name}.png").stat().st_size > 5000
+    assert {"leaderboard.json", "leaderboard.csv", "leaderboard.md"} <= {path.name for path in tmp_path.iterdir()}
+    clear_leaderboard(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_points_of_the_score_figure(content):
+    """joint at its cost of 1.1 and its average loss of 3.5; one row of a seed without errors."""
+    axes = draw(content)["score_and_cost"].axes[0]
+    points = [point for line in axes.lines for point in np.transpose(line.get_data()).astype(float)]
+    for expected in [(1.1, 3.5), (1.1, 2.5), (1.1, 3.0), (1.1, 8.0)]:
+        assert any(np.allclose(point, expected) for point in points)
+    names = [text.get_text() for text in axes.texts]
+    assert sorted(names) == ["joint", "joint x 1.25 (as m)", "late", "m"]
+
+
+def test_a_leaderboard_without_costs_or_rows_still_has_a_page(tmp_path):
+    write_leaderboard(tmp_path, leaderboard([], {}, {}, 4))
+    assert "So far: 0 of 4 runs" in (tmp_path / "leaderboard.html").read_text()
+    unknown = [run("joint", 0, 1.0, 2.0, training_seconds=None)]
+    content = leaderboard(unknown, {}, {}, 4)
+    assert list(draw(content)) == ["mixtures"]
+    assert tables.cost_table(content).rows[0][3:5] == ["-", "-"]
