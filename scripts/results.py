@@ -1,4 +1,4 @@
-"""Writes docs/results.md and its figures from a comparison (scripts/compare.sh): no figure on that page is typed by hand.
+"""Writes docs/results.md and its figures from a comparison (scripts/compare.sh); nothing there is typed by hand.
 
     python scripts/results.py runs/compare [--out docs/results.md]
 """

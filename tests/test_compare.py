@@ -16,6 +16,7 @@ from miniature import arguments, files, make_data, python, read, run, start, tor
 
 from ideal.compare import stage as compare
 from ideal.errors import UserError
+from scripts.results import page
 
 SEEDS = (3, 4)
 # A capability without a test set would turn the tables to the reference sets.
@@ -167,6 +168,13 @@ def test_the_same_command_again_trains_nothing(finished, data, quick, monkeypatc
     assert run(data, finished, **COMPARED) == 0
     assert "compare: 8 run(s) are finished" in capsys.readouterr().out
     assert read(finished / "leaderboard.json") == before
+
+
+def test_results_page(finished):
+    """Every table of the leaderboard, and what was changed for single methods."""
+    text = page(finished, Path("figures"))
+    tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard")
+    assert tables.strip() in text and "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
 
 
 def test_another_configuration_is_refused_before_anything_runs(finished, data, capsys):
