@@ -1,43 +1,26 @@
 """From main.py's block and the command line to a run or one of its stages."""
 
-import math
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
-import torch
 import torch.distributed as dist
 import transformers
-import yaml
 
-from ideal import demo
-from ideal.config import Command, Config, dump, flat, help_text, read_command
-from ideal.data import CapabilityConfig, Data, load_data
-from ideal.data.inspection import SetReport, report_table, show_example
+from ideal.compare.stage import compare_stage
+from ideal.config import Command, Config, dump, help_text, read_command
+from ideal.data.inspection import report_table, show_example
 from ideal.distributed import barrier, is_main, say, together, world_size
 from ideal.errors import UserError
-from ideal.loop import (
-    Run,
-    estimate_influence,
-    evaluate_base,
-    first_mixture,
-    given_mixture,
-    influence_json,
-    loaded_model,
-    run_loop,
-)
+from ideal.loop import Run, estimate_influence, evaluate_base, first_mixture, influence_json, loaded_model, run_loop
 from ideal.machine import PlanConfig, machine_of
-from ideal.mixers import MIXERS
 from ideal.mixture import Mixture
-from ideal.model import checkpoint_config, load_tokenizer
-from ideal.plan import CannotPlan, DataSizes, long_text, make_plan, short_text
+from ideal.plan import long_text, make_plan
+from ideal.preparation import check_folder, data_row, data_sizes, header, load_run_data, what_it_takes, with_demo
 from ideal.report import export_mixture, final_summary, load_run, render_report
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
@@ -83,6 +66,8 @@ def execute(command: Command) -> None:
     folder = RunFolder(Path(command.config.output_dir))
     if command.stage == "report":
         return report_stage(folder)
+    if command.stage == "compare":
+        return compare_stage(command)
     config = with_demo(command.config)
     # Also starts the process group, which everything after it uses.
     arguments = training_arguments(config.train, folder.path / "checkpoints", config.seed)
@@ -106,39 +91,6 @@ def execute(command: Command) -> None:
     return None
 
 
-def check_folder(folder: RunFolder, command: Command) -> None:
-    """Raises UserError where output_dir holds something else."""
-    if command.restart:
-        folder.check_restart()
-        return
-    if command.stage != "run" and folder.state.is_file():
-        raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
-    folder.check(dump(command.config), flat, MIXERS[command.config.mixing.method].extends)
-
-
-def header() -> str:
-    """What made config.yaml, as comments."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"# {now}, torch {torch.__version__}, transformers {transformers.__version__}\n"
-
-
-def with_demo(config: Config) -> Config:
-    """The configuration with the embedded demo's model and data where none are given."""
-    if not config.is_demo:
-        return config
-    parts = demo.prepare(Path("runs") / "demo_data")
-    capabilities = {
-        path.name: CapabilityConfig(reference=str(path / "reference.jsonl"), test=str(path / "test.jsonl"))
-        for path in sorted(parts.capabilities.iterdir())
-    }
-    capabilities |= config.data.capabilities
-    return replace(
-        config,
-        model=replace(config.model, name_or_path=str(parts.base_model)),
-        data=replace(config.data, domains=str(parts.domains), capabilities=capabilities),
-    )
-
-
 def prepare(config: Config, folder: RunFolder, arguments: transformers.TrainingArguments) -> Run:
     """Loads tokenizer and data, checks them, and says what there is and what the run will take."""
     run, mixture = load_run_data(config, folder, arguments)
@@ -149,81 +101,6 @@ def prepare(config: Config, folder: RunFolder, arguments: transformers.TrainingA
     sizes = data_sizes(run, mixture)
     say(together(lambda: what_it_takes(config, sizes)) + "\n")
     return run
-
-
-def load_run_data(config: Config, folder: RunFolder, arguments: transformers.TrainingArguments) -> tuple[Run, Mixture]:
-    """Tokenizer, data and the first mixture, checked."""
-    together(lambda: checkpoint_config(config.model))
-    tokenizer = together(lambda: load_tokenizer(config.model))
-    data = load_data(config.data, tokenizer, config.seed)
-    ratios = together(lambda: start_ratios(config, data))
-    run = Run(config, folder, tokenizer, data, ratios, arguments)
-    together(lambda: check_mixture(given_mixture(run)))
-    return run, together(lambda: first_mixture(run))
-
-
-def data_sizes(run: Run, mixture: Mixture) -> DataSizes:
-    """What a plan needs to know of the data."""
-    counts = {name: domain.counts for name, domain in mixture.domains.items()}
-    return DataSizes.of(run.data.pools, counts, run.data.references, run.data.tests)
-
-
-def what_it_takes(config: Config, sizes: DataSizes) -> str:
-    """The plan in short, on rank 0. Raises UserError for what the outer step would refuse."""
-    if not is_main():
-        return ""
-    try:
-        return short_text(config, sizes, make_plan(config, sizes, world_size(), None))
-    except CannotPlan as error:
-        return f"what it takes is not known before: {error}"
-
-
-def data_row(report: SetReport) -> dict[str, Any]:
-    """One set's line of data.json, flat."""
-    row = {key: value for key, value in asdict(report).items() if isinstance(value, str | int)}
-    row["dropped"] = "; ".join(f"{d.count} {d.reason}" for d in report.dropped)
-    copies = {**report.copies_across, **report.copies_measured}
-    row["copies_elsewhere"] = "; ".join(f"{count} in {label}" for label, count in copies.items() if count)
-    return {**row, "set": report.label}
-
-
-def start_ratios(config: Config, data: Data) -> np.ndarray:
-    """[n] the start ratios, from mixing.ratios (a mapping or a mixture.json) over data.domains.NAME.ratio.
-
-    Raises UserError for a domain that does not exist, an unreadable file, or ratios that are all zero.
-    """
-    given = config.mixing.ratios or {}
-    if isinstance(given, str):
-        given = read_ratios(Path(given))
-    for name in given:
-        if name not in data.pools:
-            raise UserError(f"mixing.ratios: there is no domain {name!r}; there are {', '.join(data.pools)}")
-    ratios = np.array([given.get(name, data.ratios[name]) for name in data.pools], dtype=np.float64)
-    if not ratios.any():
-        raise UserError("mixing.ratios: all are zero, so there is nothing to train on")
-    return ratios
-
-
-def read_ratios(path: Path) -> dict[str, float]:
-    """The ratios in a mixture.json."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ratios = {name: float(entry["ratio"]) for name, entry in content["domains"].items()}
-    except FileNotFoundError:
-        raise UserError(f"mixing.ratios: no file {path}") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"mixing.ratios: {path} is no mixture.json (domains with a ratio each)") from None
-    for name, ratio in ratios.items():
-        if not (math.isfinite(ratio) and ratio >= 0):
-            raise UserError(f"mixing.ratios: {path}: the ratio of {name} is {ratio}; it must be 0 or more")
-    return ratios
-
-
-def check_mixture(mixture: Mixture) -> None:
-    """Raises UserError where only one domain is trained on: there is nothing to mix."""
-    used = [name for name, domain in mixture.domains.items() if domain.size]
-    if len(used) < 2:
-        raise UserError(f"mixing.ratios: only {', '.join(used)} has examples in the mixture; two domains are needed")
 
 
 def plan_stage(

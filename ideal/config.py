@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
+from ideal.compare.config import CompareConfig
 from ideal.data import DataConfig
 from ideal.data.loading import resolve_domains
 from ideal.errors import UserError
@@ -30,7 +31,9 @@ from ideal.training import TRAINER_KEYS, TrainConfig
 
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 Tree = dict[str, Any]
-GROUPS = ("model", "data", "train", "influence", "mixing", "evaluation")
+GROUPS = ("model", "data", "train", "influence", "mixing", "evaluation", "compare")
+OPEN = ("train.", "data.domains.", "data.capabilities.", "mixing.ratios.", "compare.overrides.")
+"""Beginnings of keys whose ends are names."""
 
 
 def _train_config(value: Any) -> Any:
@@ -74,6 +77,7 @@ class Command:
     stage: str
     restart: bool
     plan: PlanConfig
+    compare: CompareConfig
 
 
 STAGES = {
@@ -81,6 +85,7 @@ STAGES = {
     "plan": "only what the run would take: memory per process and phase, disk, passes, FLOPs, time",
     "influence": "only the influence matrix of the given model on the given data",
     "mix": "only the mixture that the given ratios give",
+    "compare": "runs of many methods and seeds, each in a folder of its own in output_dir, and their leaderboard",
     "report": "only the report of output_dir again",
 }
 OPTIONS = {
@@ -89,7 +94,7 @@ OPTIONS = {
     "restart": "true: delete the run in output_dir and start over",
     "help": "this text",
 }
-PLAN = "plan."
+PLAN, COMPARE = "plan.", "compare."
 
 
 def read_command(defaults: Mapping[str, Any], argv: Sequence[str]) -> Command:
@@ -113,7 +118,9 @@ def read_command(defaults: Mapping[str, Any], argv: Sequence[str]) -> Command:
     if restart not in ("true", "false"):
         raise UserError(f"restart: {restart!r} is neither true nor false")
     plan = _plan_config({key.removeprefix(PLAN): options[key] for key in options if key.startswith(PLAN)})
-    return Command(validate(_with_command_line(tree, given)), stage, restart == "true", plan)
+    tree = _with_command_line(tree, given)
+    compare = _compare_config(tree.pop("compare", {}))
+    return Command(validate(tree), stage, restart == "true", plan, compare)
 
 
 def _plan_config(given: Tree) -> PlanConfig:
@@ -122,6 +129,31 @@ def _plan_config(given: Tree) -> PlanConfig:
         return TypeAdapter(PlanConfig).validate_python(given)
     except ValidationError as error:
         raise UserError(PLAN + _explain(error, given)) from None
+
+
+def _compare_config(given: Tree) -> CompareConfig:
+    """`compare.*`, which belong to the command too, but may stand in a file."""
+    try:
+        found = TypeAdapter(CompareConfig).validate_python(given)
+    except ValidationError as error:
+        raise UserError(_explain(error, {"compare": given}, ("compare",))) from None
+    for key, names in (("methods", found.methods or []), ("overrides", found.overrides)):
+        for name in names:
+            _check_method(f"compare.{key}", name)
+    for name, changes in found.overrides.items():
+        for key in {"method", "ratios"} & changes.keys():
+            raise UserError(f"compare.overrides.{name}.{key}: is the same for all that are compared; leave it out")
+    return found
+
+
+def of_method(config: Config, method: str, seed: int, output_dir: str, changes: Mapping[str, Any]) -> Config:
+    """The configuration of one run of a comparison. changes: mixing keys (`compare.overrides` of the method).
+
+    Raises UserError for a key or value that does not fit, and for what the method refuses.
+    """
+    tree = dump(config)
+    tree |= {"seed": seed, "output_dir": output_dir, "mixing": {**tree["mixing"], **changes, "method": method}}
+    return validate(tree)
 
 
 def validate(tree: Tree) -> Config:
@@ -136,10 +168,7 @@ def validate(tree: Tree) -> Config:
 
 def _check_across_groups(config: Config) -> None:
     method = config.mixing.method
-    if method not in MIXERS:
-        near = difflib.get_close_matches(method, MIXERS, 1)
-        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(MIXERS)}"
-        raise UserError(f"mixing.method: there is no mixer {method!r}{hint}")
+    _check_method("mixing.method", method)
     if config.train.max_steps and config.mixing.budget == "free" and MIXERS[method].has_budget:
         raise UserError(
             "mixing.budget: free has no meaning where train.max_steps fixes the volume; set mixing.budget to fixed"
@@ -153,6 +182,13 @@ def _check_across_groups(config: Config) -> None:
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"
         raise UserError(f"{missing}: not given; give both it and the other (or neither, for the embedded demo)")
+
+
+def _check_method(key: str, method: str) -> None:
+    if method not in MIXERS:
+        near = difflib.get_close_matches(method, MIXERS, 1)
+        hint = f"; did you mean {near[0]}?" if near else f": {', '.join(MIXERS)}"
+        raise UserError(f"{key}: there is no mixer {method!r}{hint}")
 
 
 def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
@@ -175,7 +211,7 @@ def _split(argv: Sequence[str]) -> tuple[dict[str, str], Tree]:
                 value = words.pop(0)
         if key in OPTIONS or key in plan_keys():
             options[key] = value
-        elif key in known or key.startswith(("train.", "data.domains.", "data.capabilities.", "mixing.ratios.")):
+        elif key in known or key.startswith(OPEN):
             given[key] = _value(value)
         else:
             raise UserError(unknown_key(key))
@@ -286,9 +322,9 @@ def _chain(parts: list[str], value: Any) -> Tree:
     return {parts[0]: _chain(parts[1:], value) if len(parts) > 1 else value}
 
 
-def _explain(error: ValidationError, tree: Tree) -> str:
-    """One line for the mistake that is named most exactly."""
-    found = [(_path(e["loc"], tree), e) for e in error.errors()]
+def _explain(error: ValidationError, tree: Tree, group: tuple[str, ...] = ()) -> str:
+    """One line for the mistake that is named most exactly. group: where in `tree` pydantic's locations begin."""
+    found = [(_path((*group, *e["loc"]), tree), e) for e in error.errors()]
     # Of a short form and a mapping both are tried: what the mapping lacks says more than that it is no string.
     path, detail = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "missing"))
     key = ".".join(path)
@@ -337,7 +373,7 @@ def flat(tree: Tree, prefix: str = "") -> Tree:
 
 def known_keys() -> list[str]:
     """Every key of ours and of TrainingArguments, dotted."""
-    ours = [name for name, *_ in _fields(Config)]
+    ours = [name for name, *_ in (*_fields(Config), *_fields(CompareConfig, COMPARE))]
     return [*ours, "train.global_batch_size", *(f"train.{name}" for name in TRAINER_KEYS)]
 
 
@@ -380,7 +416,8 @@ def help_text(defaults: Mapping[str, Any]) -> str:
     lines = ["usage: torchrun --nproc_per_node=GPUS main.py [--config FILE] [--group.key VALUE ...]", ""]
     lines += [f"  --{name}\n      {text}" for name, text in OPTIONS.items()]
     train = next(f for f in dataclasses.fields(TrainConfig) if f.name == "global_batch_size")
-    keys = [*_fields(PlanConfig, PLAN), *_fields(Config), ("train.global_batch_size", "int", train.default, TRAIN_HELP)]
+    own = [*_fields(PlanConfig, PLAN), *_fields(CompareConfig, COMPARE), *_fields(Config)]
+    keys = [*own, ("train.global_batch_size", "int", train.default, TRAIN_HELP)]
     for key, kind, default, meaning in keys:
         default = defaults.get(key, default)
         shown = "none" if default is None else default if default != "" else "''"

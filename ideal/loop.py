@@ -4,6 +4,7 @@ import gc
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -119,7 +120,7 @@ def evaluate_base(run: Run) -> dict[str, Any]:
     path = run.folder.base_evaluation
     if not exists(path):
         with loaded_model(run, None) as model:
-            write_json(path, evaluate_model(run, model, "base model"))
+            write_json(path, evaluate_model(run, model, "base model", None))
         barrier()
     return dict(read_json(path))
 
@@ -273,7 +274,7 @@ def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
     """The trained model's losses."""
     if not exists(here.evaluation):
         with loaded_model(run, here) as model:
-            evaluation = evaluate_model(run, model, f"round {here.number}")
+            evaluation = evaluate_model(run, model, f"round {here.number}", here.number)
         check_losses(run, here, evaluation)
         write_json(here.evaluation, evaluation)
         barrier()
@@ -311,10 +312,11 @@ def warn_if_memorised(run: Run, here: RoundFolder, reference: dict[str, float]) 
         )
 
 
-def evaluate_model(run: Run, model: torch.nn.Module, description: str) -> dict[str, Any]:
-    """The content of evaluation.json."""
+def evaluate_model(run: Run, model: torch.nn.Module, description: str, number: int | None) -> dict[str, Any]:
+    """The content of evaluation.json, of round `number` (None: the base model)."""
     losses = {}
     for kind, sets in (("reference", run.data.references), ("test", run.data.tests)):
+        started = time.monotonic()
         losses[kind] = evaluate(
             model,
             sets,
@@ -322,6 +324,7 @@ def evaluate_model(run: Run, model: torch.nn.Module, description: str) -> dict[s
             pad_id=int(run.tokenizer.pad_token_id),
             description=f"{description}: {kind} losses",
         )
+        run.folder.log(f"{kind} losses", {"seconds": time.monotonic() - started}, round=number)
     return {
         "reference_loss": losses["reference"],
         "test_loss": losses["test"],

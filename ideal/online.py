@@ -5,6 +5,7 @@ step begins. Every rank draws the same rows of the whole step and takes its part
 ranks, and the controller computes the same on each: processes and accumulation change nothing.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -65,6 +66,19 @@ class Places(Dataset):
         return index
 
 
+class Stopwatch:
+    """The seconds that pass inside `with`, all in all."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self.started
+
+
 class SteeredRows:
     """The rows of one inner loop's steps, and the controller that they follow."""
 
@@ -82,6 +96,8 @@ class SteeredRows:
         seed: int,
     ) -> None:
         self.steering, self.controller, self.pad_id = steering, steering.controller, pad_id
+        self.measuring = Stopwatch()
+        """What the controller's measurements take, on top of training on the rows."""
         taking_part = {name: domain for name, domain in mixture.domains.items() if domain.size}
         self.pools = [pools[name] for name in taking_part]
         sizes = np.array([domain.size for domain in taking_part.values()], dtype=np.float64)
@@ -228,13 +244,17 @@ class SteeredTrainer(Trainer):
             next(epoch_iterator)
         controller, step = self.rows.controller, self.state.global_step + 1
         if controller.wants_losses(step):
-            controller.evaluated(step, self.reference_losses())
+            with self.rows.measuring:
+                losses = self.reference_losses()
+            controller.evaluated(step, losses)
         self.probabilities = controller.probabilities()
         rows = self.rows.draws.next(self.probabilities)
         parts = num_batches * world_size()
         mine = [dealt(rows, parts, number * world_size() + rank()) for number in range(num_batches)]
         if controller.measures != "nothing":
-            controller.measured(self.measure(rows, [row for part in mine for row in part], step))
+            with self.rows.measuring:
+                measurement = self.measure(rows, [row for part in mine for row in part], step)
+            controller.measured(measurement)
         weights = controller.loss_weights()
         # None: the loss is divided by a constant of the round, not by this step's tokens.
         return [self.rows.training_batch(part, weights) for part in mine], None

@@ -267,7 +267,9 @@ class QuietProgress(ProgressCallback):
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop.
+    """training_loss: mean loss per trained token over the last logged steps; seconds: of the inner loop, and the part
+    of them in which a controller's measurements were taken. (Of one that was killed and continued from a checkpoint:
+    since then.)
 
     observed: what the controller left, empty without one.
     """
@@ -275,6 +277,7 @@ class TrainingOutcome:
     steps: int
     training_loss: float | None
     seconds: float
+    measuring_seconds: float
     observed: dict[str, Any]
 
 
@@ -306,20 +309,12 @@ def train(
     pad_id = int(tokenizer.pad_token_id)
     rows = None
     if steering is not None:
-        rows = SteeredRows(
-            steering,
-            pools,
-            mixture,
-            steps=plan.steps,
-            passes=plan.epochs,
-            tokens_per_step=plan.tokens_per_step,
-            vocabulary=len(tokenizer),
-            pad_id=pad_id,
-            seed=seed,
-        )
+        rows = steered_rows(steering, pools, mixture, plan, tokenizer, seed)
         if steering.reference_model is not None:
-            with steering.reference_model() as reference:
+            with rows.measuring, steering.reference_model() as reference:
                 rows.compare_with(reference, steering.evaluation.batch_size)
+    # The reference model's losses are part of what the inner loop takes.
+    before = rows.measuring.seconds if rows is not None else 0.0
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
     set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
@@ -364,7 +359,35 @@ def train(
         )
     trainer.accelerator.free_memory()
     observed = trainer.rows.observed() if isinstance(trainer, SteeredTrainer) else {}
-    return TrainingOutcome(plan.steps, _mean(losses[-LAST_LOGS:]), time.monotonic() - started, observed)
+    return TrainingOutcome(
+        plan.steps,
+        _mean(losses[-LAST_LOGS:]),
+        before + time.monotonic() - started,
+        rows.measuring.seconds if rows is not None else 0.0,
+        observed,
+    )
+
+
+def steered_rows(
+    steering: Steering,
+    pools: Mapping[str, ExampleSet],
+    mixture: Mixture,
+    plan: RoundPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+) -> SteeredRows:
+    """The rows of an inner loop that is steered from within. Raises UserError where its controller refuses it."""
+    return SteeredRows(
+        steering,
+        pools,
+        mixture,
+        steps=plan.steps,
+        passes=plan.epochs,
+        tokens_per_step=plan.tokens_per_step,
+        vocabulary=len(tokenizer),
+        pad_id=int(tokenizer.pad_token_id),
+        seed=seed,
+    )
 
 
 def _mean(values: list[float]) -> float | None:

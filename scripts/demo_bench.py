@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ideal.cli import with_demo
 from ideal.config import Config, read_command
 from ideal.data import Data, load_data
 from ideal.distributed import progress
 from ideal.evaluation import evaluate, weighted
 from ideal.mixture import Mixture, build_mixture
 from ideal.model import load_model, load_tokenizer
+from ideal.preparation import with_demo
 from ideal.training import train
 from main import ARGUMENTS
 

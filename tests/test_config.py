@@ -125,7 +125,7 @@ def test_types_of_words():
         (["--seed"], "seed: no value given"),
         (["--seed", "--mixing.rounds", "1"], "seed: no value given"),
         (["seed", "1"], "seed: not understood"),
-        (["--stage", "trian"], "stage: 'trian' is none of run, plan, influence, mix, report"),
+        (["--stage", "trian"], "stage: 'trian' is none of run, plan, influence, mix, compare, report"),
         (["--restart", "yes"], "restart: 'yes' is neither true nor false"),
         (["--mixing.method", "unifrom"], "mixing.method: there is no mixer 'unifrom'; did you mean uniform?"),
         (["--train.max_steps", "5"], "mixing.budget: free has no meaning where train.max_steps"),

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ideal.cli import read_ratios
 from ideal.config import read_command
 from ideal.errors import UserError
+from ideal.preparation import read_ratios
 from ideal.run_folder import RunFolder, read_json
 
 

@@ -5,6 +5,7 @@ Drawn with matplotlib's object interface, without pyplot, so nothing global is k
 
 import io
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import matplotlib
@@ -64,7 +65,7 @@ def draw_figures(run: RunFiles) -> list[str]:
                 figures[f"influence_round_{this.number:02d}"] = drawn
         for name, figure in figures.items():
             for ending in ("png", "svg"):
-                write_atomically(run.folder / "figures" / f"{name}.{ending}", _render(figure, ending))
+                write_atomically(run.folder / "figures" / f"{name}.{ending}", render(figure, ending))
     return list(figures)
 
 
@@ -72,7 +73,7 @@ def ratios_figure(run: RunFiles) -> Figure:
     """Left: each domain's ratio (size / pool) per round. Right: its share of the mixture's trained tokens."""
     rounds = [r for r in run.rounds if r.mixture.get("domains")]
     steps = [r.number for r in rounds]
-    styles = _styles(run)
+    styles = styles_of([*run.domains, *run.capabilities])
     figure = Figure(figsize=(min(max(9.0, 6.2 + 0.75 * len(steps)), 24.0), 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     base = np.zeros(len(rounds))
@@ -94,7 +95,7 @@ def ratios_figure(run: RunFiles) -> Figure:
         right.bar(steps, shares, 0.7, base, color=colour, hatch=hatch, edgecolor="white", linewidth=0.8)
         for x, bottom, share in zip(steps, base, shares, strict=True):
             if share >= 0.05 and len(steps) <= 8:
-                ink = "white" if _dark(colour) else INK
+                ink = "white" if is_dark(colour) else INK
                 place = {"ha": "center", "va": "center", "fontsize": 8.5}
                 right.text(x, bottom + share / 2, f"{100 * share:.0f}%", color=ink, **place)
         base += shares
@@ -117,8 +118,8 @@ def ratios_figure(run: RunFiles) -> Figure:
         _round_axis(axes, steps, [str(s) for s in steps])
     # From top to bottom as the bars are stacked.
     names = list(reversed(run.domains))
-    handles = [_legend_bar(styles[name]) for name in names]
-    labels = [_label(name) for name in names]
+    handles = [legend_bar(styles[name]) for name in names]
+    labels = [short_label(name) for name in names]
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9, labelspacing=0.9)
     return figure
 
@@ -132,7 +133,7 @@ def losses_figure(run: RunFiles) -> Figure:
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.1 * columns if columns > 1 else 5.0, 2.4 * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    styles = _styles(run)
+    styles = styles_of([*run.domains, *run.capabilities])
     positions = np.arange(len(models))
     for axes, name in zip(grid, panels, strict=False):
         colour = INK if name is None else styles[name][0]
@@ -144,7 +145,7 @@ def losses_figure(run: RunFiles) -> Figure:
                 axes.plot(positions, values, color=colour, linestyle=dashes, marker="o", markersize=4.5,
                           linewidth=(2.2 if name is None else 1.7) * run.method.successive,
                           markerfacecolor=face)  # fmt: skip
-        title = "Q, the objective" if name is None else _label(name, 18)
+        title = "Q, the objective" if name is None else short_label(name, 18)
         axes.set_title(title, loc="left", fontweight="bold" if name is None else "normal")
         # The base model's loss may lie so far off that the rounds' own change is hard to see.
         rounds = _reference(models, name)
@@ -196,9 +197,9 @@ def influence_figure(run: RunFiles, round_number: int) -> Figure | None:
         _heat(figure, grid[1], objective[None] / unit_size, own[None] / unit_size, [""])
         grid[1].set_yticks([0], ["objective\n(own colours)"], fontweight="bold")
         grid[0].tick_params(bottom=False, labelbottom=False)
-    long_names = max(len(_label(name)) for name in domains) > 9
+    long_names = max(len(short_label(name)) for name in domains) > 9
     turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if long_names else {}
-    grid[-1].set_xticks(range(len(domains)), [_label(name) for name in domains], **turn)
+    grid[-1].set_xticks(range(len(domains)), [short_label(name) for name in domains], **turn)
     unit = "nats per token" if exponent == 0 else f"1e{exponent:+d} nats per token"
     kept = "at a fixed total of tokens" if form == "fixed" else "the total free to change"
     figure.suptitle(
@@ -216,7 +217,7 @@ def _heat(figure: Figure, axes: Axes, values: np.ndarray, errors: np.ndarray, ro
     limit = limit or 1.0
     # Blue and red differ for every common colour blindness; blue (loss falls) is negative.
     image = axes.imshow(values, cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_yticks(range(len(rows)), [_label(name) for name in rows])
+    axes.set_yticks(range(len(rows)), [short_label(name) for name in rows])
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -244,10 +245,10 @@ def _doubt_note(errors: np.ndarray) -> str:
     return "\n±: standard error of the sampled examples; ?: the sign is uncertain"
 
 
-def _styles(run: RunFiles) -> dict[str, tuple[str, str, str]]:
+def styles_of(names: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     """Colour, marker and hatch per name; a capability looks like the domain of its name."""
     styles = {}
-    for index, name in enumerate(dict.fromkeys([*run.domains, *run.capabilities])):
+    for index, name in enumerate(dict.fromkeys(names)):
         cycle, place = divmod(index, len(COLOURS))
         colour = COLOURS[place] if cycle % 2 == 0 else _lighter(COLOURS[place])
         styles[name] = (colour, MARKERS[(place + 3 * cycle) % len(MARKERS)], "" if cycle == 0 else "///")
@@ -270,12 +271,14 @@ def _round_axis(axes: Axes, positions: list[int], labels: list[str], label: str 
     axes.set_xlabel(label)
 
 
-def _legend_bar(style: tuple[str, str, str]) -> Line2D:
+def legend_bar(style: tuple[str, str, str]) -> Line2D:
+    """A legend's entry of a name's style."""
     colour, marker, _ = style
     return Line2D([], [], color=colour, marker=marker, markersize=7, linewidth=3)
 
 
-def _label(name: str, length: int = 22) -> str:
+def short_label(name: str, length: int = 22) -> str:
+    """A name that a figure has room for."""
     text = shorten(name, length, "…")
     # Matplotlib leaves labels that start with an underscore out of legends.
     return f" {text}" if text.startswith("_") else text
@@ -307,12 +310,14 @@ def _lighter(colour: str) -> str:
     return "#" + "".join(f"{round(255 * (0.55 * part + 0.45)):02x}" for part in _rgb(colour))
 
 
-def _dark(colour: str) -> bool:
+def is_dark(colour: str) -> bool:
+    """Whether text on it should be white."""
     red, green, blue = _rgb(colour)
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.55
 
 
-def _render(figure: Figure, ending: str) -> bytes:
+def render(figure: Figure, ending: str) -> bytes:
+    """The figure as a file of this ending, png or svg."""
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     extra = {"metadata": {"Date": None}} if ending == "svg" else {"dpi": 150}

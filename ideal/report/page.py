@@ -48,16 +48,9 @@ def render_report(folder: Path) -> Path:
 
 def render_page(run: RunFiles, figures: list[str]) -> str:
     """The page's HTML; `figures` are the names of those drawn, which are embedded as SVG."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     best = run.best
     files = [("report.html", "this page"), *(f for f in tables.present_files(run) if f[0] != "report.html")]
-    return environment.get_template("page.html.jinja").render(
+    return template("page.html.jinja").render(
         title=str(run.setting("model.name_or_path") or run.folder.resolve().name),
         method=run.setting("mixing.method"),
         domains=run.domains,
@@ -82,7 +75,7 @@ def render_page(run: RunFiles, figures: list[str]) -> str:
         folder=str(run.folder.resolve()),
         files=Table("", ["file", "what it holds"], [list(f) for f in files]),
         interval=NORMAL_95,
-        figures={name: _embedded(run.folder / "figures" / f"{name}.svg") for name in figures},
+        figures={name: embedded((run.folder / "figures" / f"{name}.svg").read_bytes()) for name in figures},
     )
 
 
@@ -216,5 +209,18 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _embedded(svg: Path) -> str:
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.read_bytes()).decode()
+def embedded(svg: bytes) -> str:
+    """A figure as a page holds it."""
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def template(name: str) -> jinja2.Template:
+    """A page's template."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, Path(__file__).parents[1] / "compare"]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)

@@ -1,0 +1,284 @@
+"""What a comparison found, as numbers: pure functions on what its runs recorded.
+
+A row is a method (or a control), a column of numbers per row has one entry per seed. Everything is compared seed by
+seed, because runs of one seed share their data, their order and their noise.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ideal.report.files import Json, RoundFiles, RunFiles, number
+
+JOINT = "joint"
+"""The row that all others are compared with."""
+ERRORS = 2.0
+"""Standard errors that a difference must exceed to be marked."""
+
+
+@dataclass(frozen=True)
+class RunNumbers:
+    """What one run of a comparison came to; its result is the round of lowest Q on the reference sets.
+
+    reference_loss, test_loss: by capability, per trained token, of the result. Q, Q_test: their weighted means.
+    ratios, shares: by domain, of the result's mixture. tokens: its trained tokens, of one pass.
+    trained_tokens: what all inner loops trained on, all passes, proxies too.
+    Seconds: of all inner loops, in them a controller's measurements; of taking reference losses between them, the
+    base model's included; of all outer steps. None where the run's files do not tell.
+    """
+
+    row: str
+    seed: int
+    reference_loss: dict[str, float]
+    test_loss: dict[str, float]
+    Q: float
+    Q_test: float | None
+    ratios: dict[str, float]
+    shares: dict[str, float]
+    tokens: int
+    inner_loops: int
+    trained_tokens: float | None
+    training_seconds: float | None
+    measuring_seconds: float | None
+    evaluation_seconds: float | None
+    influence_seconds: float | None
+
+    @property
+    def seconds(self) -> float | None:
+        """Of everything that is known to have taken time: inner loops, reference losses, outer steps."""
+        return total([self.training_seconds, self.evaluation_seconds, self.influence_seconds])
+
+
+def numbers_of(run: RunFiles, row: str, seed: int) -> RunNumbers:
+    """The numbers of a finished run."""
+    best = run.best
+    assert best is not None, "the run is finished"
+    domains, evaluation = best.mixture["domains"], best.evaluation
+    batch = run.setting("train.global_batch_size")
+    training = [this.training for this in run.rounds]
+    steps = [this.influence["seconds"] for this in run.rounds if this.influence]
+    return RunNumbers(
+        row=row,
+        seed=seed,
+        reference_loss=evaluation["reference_loss"],
+        test_loss=evaluation["test_loss"],
+        Q=evaluation["Q"],
+        Q_test=evaluation["Q_test"],
+        ratios={name: entry["ratio"] for name, entry in domains.items()},
+        shares={name: entry["share"] for name, entry in domains.items()},
+        tokens=best.mixture["total_tokens"],
+        inner_loops=len(run.rounds),
+        trained_tokens=total([trained_tokens(this, batch) for this in run.rounds]),
+        training_seconds=total([number(this.get("seconds")) for this in training]),
+        measuring_seconds=total([number(this.get("measuring_seconds")) for this in training]),
+        evaluation_seconds=evaluation_seconds(run),
+        influence_seconds=total([total(list(map(number, found.values()))) for found in steps]),
+    )
+
+
+def total(values: Sequence[float | None]) -> float | None:
+    """The sum; None where a part is not known."""
+    known = [value for value in values if value is not None]
+    return sum(known, 0.0) if len(known) == len(values) else None
+
+
+def trained_tokens(this: RoundFiles, global_batch_size: int) -> float | None:
+    """Trained tokens of one inner loop over all its steps, None where its files do not tell.
+
+    A steered one counted what it drew. Any other takes `steps` whole batches of a mixture that has
+    ceil(rows / global batch) of them, which hold the mixture's trained tokens: exact for whole passes, the mean else.
+    """
+    drawn = (this.training.get("observed") or {}).get("trained_tokens")
+    if drawn is not None:
+        return float(sum(drawn.values()))
+    steps, tokens = number(this.training.get("steps")), number(this.mixture.get("total_tokens"))
+    if steps is None or tokens is None:
+        return None
+    rows = sum(entry["size"] for entry in this.mixture["domains"].values())
+    return steps / math.ceil(rows / global_batch_size) * tokens
+
+
+def evaluation_seconds(run: RunFiles) -> float | None:
+    """Of the reference losses of the base model and of every round, from metrics.jsonl; None where one is missing.
+
+    The last event of each counts: a run that was killed may have taken a loss twice.
+    """
+    found = {
+        event.get("round"): number((event.get("values") or {}).get("seconds"))
+        for event in run.metrics
+        if event.get("phase") == "reference losses"
+    }
+    return total([found.get(place) for place in [None, *(this.number for this in run.rounds)]])
+
+
+def training_run_equivalents(own: RunNumbers, joint: RunNumbers) -> float | None:
+    """What a run cost in units of joint's one inner loop, of the same seed:
+
+        trained tokens of all inner loops / joint's
+        + (seconds of outer steps, of taking reference losses and of a controller's measurements)
+          / seconds of joint's inner loop
+
+    Tokens and not seconds for the training itself: they do not depend on what else the machine did. joint's own
+    number is above 1 by its evaluations. Test losses, reports and loading are not counted. None where a part is
+    not known.
+    """
+    aside = total([own.influence_seconds, own.evaluation_seconds, own.measuring_seconds])
+    if own.trained_tokens is None or aside is None or not joint.trained_tokens or not joint.training_seconds:
+        return None
+    return own.trained_tokens / joint.trained_tokens + aside / joint.training_seconds
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """The mean of values [seeds] and its standard error, sd / sqrt(seeds), which is nan for one seed."""
+    if len(values) == 0:
+        return math.nan, math.nan
+    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def paired(own: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float]:
+    """The mean difference own - other and its standard error, over the seeds (keys) that both have."""
+    return mean_and_error(np.array([own[seed] - other[seed] for seed in own if seed in other]))
+
+
+def exceeds(mean: float, error: float) -> bool:
+    """Whether a difference is further from zero than ERRORS standard errors; never where its error is unknown."""
+    return math.isfinite(error) and abs(mean) > ERRORS * error
+
+
+def marked(columns: Mapping[str, Mapping[int, float]]) -> tuple[str | None, str | None]:
+    """The row of the lowest mean and that of the highest, each None where it does not stand out.
+
+    columns: by row, a loss by seed. A row stands out when its paired difference to the next one exceeds ERRORS
+    standard errors. Only rows that have all seeds take part.
+    """
+    seeds = set().union(*(column.keys() for column in columns.values()))
+    whole = [row for row, column in columns.items() if column.keys() == seeds]
+    order = sorted(whole, key=lambda row: float(np.mean(list(columns[row].values()))))
+    if len(order) < 2:
+        return None, None
+    best = order[0] if exceeds(*paired(columns[order[0]], columns[order[1]])) else None
+    worst = order[-1] if exceeds(*paired(columns[order[-1]], columns[order[-2]])) else None
+    return best, worst
+
+
+def by_chance(seeds: int) -> float:
+    """How often a paired difference of two equal methods exceeds ERRORS standard errors: Student's t, both tails.
+
+    nan for one seed, where nothing is ever marked.
+    """
+    freedom = seeds - 1
+    if freedom < 1:
+        return math.nan
+    # t = sqrt(freedom) tan(angle) makes the density proportional to cos(angle)^(freedom - 1).
+    edge = math.atan(ERRORS / math.sqrt(freedom))
+    angles = np.linspace(0, math.pi / 2, 20_001)
+    middle = (angles[1:] + angles[:-1]) / 2
+    density = np.cos(middle) ** (freedom - 1)
+    return float(density[middle > edge].sum() / density.sum())
+
+
+def leaderboard(
+    runs: Sequence[RunNumbers], controls: Mapping[str, str], failed: Mapping[str, str], expected: int
+) -> Json:
+    """The content of leaderboard.json.
+
+    Args:
+        runs: of all rows and seeds so far.
+        controls: row of a control -> the row it stands beside.
+        failed: "row, seed" -> why that run gave nothing.
+        expected: how many runs there will be in the end, controls aside.
+    """
+    by_row: dict[str, dict[int, RunNumbers]] = {}
+    for run in runs:
+        by_row.setdefault(run.row, {})[run.seed] = run
+    kind = "test" if runs and all(has_tests(run) for run in runs) else "reference"
+    losses = {row: losses_by_seed(found, kind) for row, found in by_row.items()}
+    first = runs[0] if runs else None
+    columns = ["average", "worst", *(f"capability {name}" for name in (first.reference_loss if first else {}))]
+    joint = by_row.get(JOINT, {})
+    rows = []
+    for row in in_order(losses, controls):
+        found = by_row[row]
+        entry: Json = {"row": row, "beside": controls.get(row), "seeds": sorted(found), **cost_of(found, joint)}
+        entry["losses"] = {
+            column: {
+                **spread(mean_and_error(np.array(list(losses[row][column].values())))),
+                **spread(paired(losses[row][column], losses.get(JOINT, losses[row])[column]), "change"),
+            }
+            for column in columns
+        }
+        control = next((name for name, beside in controls.items() if beside == row and name in losses), None)
+        if control is not None:
+            against = paired(losses[row]["average"], losses[control]["average"])
+            entry["against_control"] = spread(against)
+        rows.append(entry)
+    marks = {column: marked({row: found[column] for row, found in losses.items()}) for column in columns}
+    return {
+        "losses": kind,
+        "seeds": sorted({run.seed for run in runs}),
+        "capabilities": list(first.reference_loss) if first else [],
+        "domains": list(first.ratios) if first else [],
+        "finished": sum(run.row not in controls for run in runs),
+        "expected": expected,
+        "failed": dict(failed),
+        "marks": {column: {"best": best, "worst": worst} for column, (best, worst) in marks.items()},
+        "rows": rows,
+        "runs": [asdict(run) for run in runs],
+    }
+
+
+def has_tests(run: RunNumbers) -> bool:
+    """Whether every capability has a test loss."""
+    return run.Q_test is not None and run.reference_loss.keys() == run.test_loss.keys()
+
+
+def losses_by_seed(found: Mapping[int, RunNumbers], kind: str) -> dict[str, dict[int, float]]:
+    """By column, by seed: the average (weighted as Q is), the highest of all capabilities, and each capability."""
+    losses = {seed: run.test_loss if kind == "test" else run.reference_loss for seed, run in found.items()}
+    averages = {seed: run.Q_test if kind == "test" else run.Q for seed, run in found.items()}
+    columns: dict[str, dict[int, float]] = {
+        "average": {seed: value for seed, value in averages.items() if value is not None},
+        "worst": {seed: max(each.values()) for seed, each in losses.items()},
+    }
+    for name in next(iter(losses.values())):
+        columns[f"capability {name}"] = {seed: each[name] for seed, each in losses.items()}
+    return columns
+
+
+def in_order(losses: Mapping[str, Mapping[str, Mapping[int, float]]], controls: Mapping[str, str]) -> list[str]:
+    """Rows by their mean average loss, the lowest first; a control right after what it stands beside."""
+    means = {row: float(np.mean(list(found["average"].values()))) for row, found in losses.items()}
+    ordered = []
+    for row in sorted((row for row in losses if row not in controls), key=means.__getitem__):
+        ordered += [row, *(name for name, beside in controls.items() if beside == row and name in losses)]
+    return ordered
+
+
+def cost_of(found: Mapping[int, RunNumbers], joint: Mapping[int, RunNumbers]) -> Json:
+    """What a row cost, its result's volume against joint's of the same seeds, and the result's mixture."""
+    pairs = [(run, joint[seed]) for seed, run in found.items() if seed in joint]
+    costs = [training_run_equivalents(own, other) for own, other in pairs]
+
+    def of(values: Sequence[float | None]) -> Json:
+        known = [value for value in values if value is not None]
+        return spread(mean_and_error(np.array(known if len(known) == len(values) else [])))
+
+    runs = list(found.values())
+    return {
+        "equivalents": of(costs),
+        "seconds": of([run.seconds for run in runs]),
+        "inner_loops": of([run.inner_loops for run in runs]),
+        "volume": of([own.tokens / other.tokens for own, other in pairs]),
+        "ratios": {name: of([run.ratios[name] for run in runs]) for name in runs[0].ratios},
+        "shares": {name: of([run.shares[name] for run in runs]) for name in runs[0].shares},
+    }
+
+
+def spread(found: tuple[float, float], name: str = "") -> dict[str, Any]:
+    """A mean and its standard error by name; what is not known is null, for JSON knows no NaN."""
+    keys = (name, f"{name}_error") if name else ("mean", "error")
+    return {key: value if math.isfinite(value) else None for key, value in zip(keys, found, strict=True)}
