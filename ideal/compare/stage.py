@@ -5,7 +5,7 @@
     output_dir/leaderboard.*        rewritten after each run
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -77,15 +77,17 @@ def compare_stage(command: Command) -> None:
     comparison = Comparison(command, folder, command.compare.seed_list(command.config.seed))
     # Also starts the process group, which everything after it uses.
     training_arguments(command.config.train, folder.path, command.config.seed)
-    methods = list(allowed_methods(comparison))
+    loops = allowed_methods(comparison)
+    methods = list(loops)
     together(lambda: folder.lock() if is_main() else None)
     if command.restart and is_main():
         for path in folder.path.glob("*/seed_*"):
             RunFolder(path).clear()
         clear_leaderboard(folder.path)
     barrier()
-    count = f"{len(methods)} methods x {len(comparison.seeds)} seeds"
-    say(f"compare: {count} in {folder.path}: {', '.join(methods)}\n")
+    seeds = len(comparison.seeds)
+    say(f"compare: {len(methods)} methods x {seeds} seeds in {folder.path}: {', '.join(methods)}")
+    say(f"compare: up to {seeds * sum(loops.values()):,.0f} inner loops, and what the methods do besides\n")
     # What is there already first, so that the leaderboard never shows less than it did.
     all_runs(comparison, methods, start=False)
     say(f"compare: {len(comparison.runs)} run(s) are finished")
@@ -107,15 +109,17 @@ def check_output(path: Path, restart: bool) -> None:
     raise UserError(f"output_dir: {path} holds something that is not a comparison{hint}; name another folder")
 
 
-def allowed_methods(comparison: Comparison) -> Iterator[str]:
-    """joint, then the methods that were asked for, or all that nothing refuses; says which are left out, and why.
+def allowed_methods(comparison: Comparison) -> dict[str, float]:
+    """joint, then the methods that were asked for, or all that nothing refuses, each with its number of inner loops.
 
+    Says which are left out, and why.
     Raises UserError where one that was asked for, or joint, is refused.
     """
     asked = comparison.command.compare.methods
     seed = comparison.seeds[0]
     tokenizer, data = comparison.data(with_demo(comparison.config(JOINT, JOINT, seed)))
     say(report_table(data.reports, data.notes) + "\n")
+    loops = {}
     for method in dict.fromkeys([JOINT, *(asked or MIXERS)]):
         try:
             config = comparison.config(method, method, seed)
@@ -131,7 +135,9 @@ def allowed_methods(comparison: Comparison) -> Iterator[str]:
                 raise UserError(f"{method}: {error}{hint}") from None
             say(f"compare: {method} is left out: {error}")
             continue
-        yield method
+        mixer = run.mixer
+        loops[method] = sum(mixer.length(number) for number in range(mixer.last_round() + 1))
+    return loops
 
 
 def all_runs(comparison: Comparison, methods: Sequence[str], *, start: bool) -> None:
