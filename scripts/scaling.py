@@ -3,7 +3,7 @@
     python scripts/scaling.py [--out docs/scaling.md]
 
 Nothing is downloaded or run: the planner (ideal/plan.py) goes through every phase on fake tensors. About
-ten minutes on one core.
+half an hour on one core.
 """
 
 import argparse
