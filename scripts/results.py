@@ -19,7 +19,8 @@ from ideal.errors import UserError
 from ideal.run_folder import read_json
 
 FIGURES = {
-    "score_and_cost": "Average loss against cost; hollow: joint, scaled to the volume of a method that grew the data",
+    "score_and_cost": "Average loss against cost; hollow: joint, scaled to the volume of a method that grew the data,"
+    " or the mean of a method's tries",
     "mixtures": "Ratios and shares of the methods' results",
 }
 

@@ -5,8 +5,8 @@ seed, because runs of one seed share their data, their order and their noise.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from ideal.report.files import Json, RoundFiles, RunFiles, number
 
 JOINT = "joint"
 """The row that all others are compared with."""
+CONTROL = f"{JOINT}_as_"
+"""Beginning of the row that holds joint with the volume of a method that grew the data."""
+MEAN = "mean_of_"
+"""Beginning of the row that holds the mean of all tries of a method that keeps the best of them."""
 ERRORS = 2.0
 """Standard errors that a difference must exceed to be marked."""
 
@@ -76,6 +80,47 @@ def numbers_of(run: RunFiles, row: str, seed: int) -> RunNumbers:
         measuring_seconds=total([number(this.get("measuring_seconds")) for this in training]),
         evaluation_seconds=evaluation_seconds(run),
         influence_seconds=total([total(list(map(number, found.values()))) for found in steps]),
+    )
+
+
+def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
+    """What one try of a method comes to on average, which no choice flatters: all numbers of `best`, the same run's
+    result, as means over the run's results. None where there is only one, or where each is meant to improve on the
+    one before.
+    """
+    tries, n = run.results, len(run.results)
+    if run.method.successive or n < 2:
+        return None
+
+    def mean(value: Callable[[RoundFiles], float]) -> float:
+        return float(np.mean([value(this) for this in tries]))
+
+    def losses(kind: str) -> dict[str, float]:
+        names = getattr(best, kind)
+        return {name: mean(lambda this, name=name: this.evaluation[kind][name]) for name in names}  # type: ignore[misc]
+
+    def domains(key: str) -> dict[str, float]:
+        return {name: mean(lambda this, name=name: this.mixture["domains"][name][key]) for name in best.ratios}  # type: ignore[misc]
+
+    def part(value: float | None) -> float | None:
+        return None if value is None else value / n
+
+    return replace(
+        best,
+        row=f"{MEAN}{best.row}",
+        reference_loss=losses("reference_loss"),
+        test_loss=losses("test_loss"),
+        Q=mean(lambda this: this.evaluation["Q"]),
+        Q_test=None if best.Q_test is None else mean(lambda this: this.evaluation["Q_test"]),
+        ratios=domains("ratio"),
+        shares=domains("share"),
+        tokens=round(mean(lambda this: this.mixture["total_tokens"])),
+        inner_loops=1,
+        trained_tokens=part(best.trained_tokens),
+        training_seconds=part(best.training_seconds),
+        measuring_seconds=part(best.measuring_seconds),
+        evaluation_seconds=part(best.evaluation_seconds),
+        influence_seconds=part(best.influence_seconds),
     )
 
 
@@ -182,15 +227,15 @@ def by_chance(seeds: int) -> float:
 
 
 def leaderboard(
-    runs: Sequence[RunNumbers], controls: Mapping[str, str], failed: Mapping[str, str], expected: int
+    runs: Sequence[RunNumbers], beside: Mapping[str, str], failed: Mapping[str, str], expected: int
 ) -> Json:
     """The content of leaderboard.json.
 
     Args:
         runs: of all rows and seeds so far.
-        controls: row of a control -> the row it stands beside.
+        beside: row of a control or of a mean -> the row it stands beside.
         failed: "row, seed" -> why that run gave nothing.
-        expected: how many runs there will be in the end, controls aside.
+        expected: how many runs there will be in the end, those rows aside.
     """
     by_row: dict[str, dict[int, RunNumbers]] = {}
     for run in runs:
@@ -201,9 +246,9 @@ def leaderboard(
     columns = ["average", "worst", *(f"capability {name}" for name in (first.reference_loss if first else {}))]
     joint = by_row.get(JOINT, {})
     rows = []
-    for row in in_order(losses, controls):
+    for row in in_order(losses, beside):
         found = by_row[row]
-        entry: Json = {"row": row, "beside": controls.get(row), "seeds": sorted(found), **cost_of(found, joint)}
+        entry: Json = {"row": row, "beside": beside.get(row), "seeds": sorted(found), **cost_of(found, joint)}
         entry["losses"] = {
             column: {
                 **spread(mean_and_error(np.array(list(losses[row][column].values())))),
@@ -211,8 +256,8 @@ def leaderboard(
             }
             for column in columns
         }
-        control = next((name for name, beside in controls.items() if beside == row and name in losses), None)
-        if control is not None:
+        control = f"{CONTROL}{row}"
+        if control in losses:
             against = paired(losses[row]["average"], losses[control]["average"])
             entry["against_control"] = spread(against)
         rows.append(entry)
@@ -222,7 +267,7 @@ def leaderboard(
         "seeds": sorted({run.seed for run in runs}),
         "capabilities": list(first.reference_loss) if first else [],
         "domains": list(first.ratios) if first else [],
-        "finished": sum(run.row not in controls for run in runs),
+        "finished": sum(run.row not in beside for run in runs),
         "expected": expected,
         "failed": dict(failed),
         "marks": {column: {"best": best, "worst": worst} for column, (best, worst) in marks.items()},
@@ -249,12 +294,12 @@ def losses_by_seed(found: Mapping[int, RunNumbers], kind: str) -> dict[str, dict
     return columns
 
 
-def in_order(losses: Mapping[str, Mapping[str, Mapping[int, float]]], controls: Mapping[str, str]) -> list[str]:
-    """Rows by their mean average loss, the lowest first; a control right after what it stands beside."""
+def in_order(losses: Mapping[str, Mapping[str, Mapping[int, float]]], beside: Mapping[str, str]) -> list[str]:
+    """Rows by their mean average loss, the lowest first; after each what stands beside it."""
     means = {row: float(np.mean(list(found["average"].values()))) for row, found in losses.items()}
     ordered = []
-    for row in sorted((row for row in losses if row not in controls), key=means.__getitem__):
-        ordered += [row, *(name for name, beside in controls.items() if beside == row and name in losses)]
+    for row in sorted((row for row in losses if row not in beside), key=means.__getitem__):
+        ordered += [row, *(name for name, other in beside.items() if other == row and name in losses)]
     return ordered
 
 

@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from ideal.compare.leaderboard import ERRORS, JOINT, by_chance
+from ideal.compare.leaderboard import ERRORS, JOINT, MEAN, by_chance
 from ideal.report.files import Json, number
 from ideal.report.tables import MISSING, Table, duration
 
@@ -16,6 +16,8 @@ def label_of(row: Json) -> str:
     """A row's name for a person: a control is joint times the factor of its volume."""
     if row["beside"] is None:
         return str(row["row"])
+    if row["row"].startswith(MEAN):
+        return f"{row['beside']}, mean of its tries"
     factor = number(row["volume"]["mean"])
     times = "" if factor is None else f" x {factor:.2f}"
     return f"{JOINT}{times} (as {row['beside']})"
@@ -120,6 +122,10 @@ def explained(content: Json) -> list[str]:
         lines.append(
             "Not every capability has a test set, so these are the reference sets, on which each run chose its best"
             " round: methods with more rounds to choose from are flattered."
+        )
+    if any(row["row"].startswith(MEAN) for row in content["rows"]):
+        lines.append(
+            "mean of its tries: the means over all tries of a run that keeps the best of them, and the cost of one."
         )
     lines.append(
         "against joint: difference of the same seed's runs, mean ± standard error of the differences."

@@ -20,6 +20,7 @@ from ideal.compare.leaderboard import (
     leaderboard,
     marked,
     mean_and_error,
+    mean_of_tries,
     numbers_of,
     paired,
     trained_tokens,
@@ -164,6 +165,20 @@ def test_numbers_of_a_run():
     assert (found.evaluation_seconds, found.influence_seconds) == (7.0, 7.0)
 
 
+def test_mean_of_tries():
+    """Rounds 1 and 2 count, at half of what all three cost; 3 and 4 on the reference sets, 7 and 6 on the test sets."""
+    files = files_of_a_run()
+    tries = replace(files, config={**files.config, "mixing": {"method": "random"}})
+    found = mean_of_tries(tries, numbers_of(tries, "random", 7))
+    assert found is not None and (found.row, found.seed, found.inner_loops) == ("mean_of_random", 7, 1)
+    assert (found.Q, found.reference_loss, found.Q_test, found.test_loss) == (3.5, {"a": 3.5}, 6.5, {"a": 6.5})
+    assert found.ratios == {"x": 1.0, "y": 2.0} and found.shares == {"x": 0.5, "y": 0.5} and found.tokens in (101, 102)
+    assert (found.trained_tokens, found.training_seconds, found.evaluation_seconds) == (303, 4.5, 3.5)
+    assert mean_of_tries(files, numbers_of(files, "m", 7)) is None, "ideal's rounds follow from each other"
+    alone = replace(tries, rounds=tries.rounds[:2])
+    assert mean_of_tries(alone, numbers_of(alone, "random", 7)) is None, "one result is no mean"
+
+
 def test_what_is_not_recorded_is_not_guessed():
     files = files_of_a_run()
     found = numbers_of(replace(files, metrics=files.metrics[1:]), "m", 7)
@@ -215,6 +230,15 @@ def test_volume_and_mixture_of_a_row(content):
     assert found["volume"] == pytest.approx({"mean": 1.25, "error": 0.05})
     assert found["ratios"]["y"] == pytest.approx({"mean": 1.5, "error": 0.5})
     assert found["equivalents"] == pytest.approx({"mean": 1.1, "error": 0.0})
+
+
+def test_a_mean_of_tries_stands_beside_its_method():
+    runs = [run("joint", 0, 2.0, 4.0), run("random", 0, 1.0, 3.0), run("mean_of_random", 0, 9.0, 9.0)]
+    content = leaderboard(runs, {"mean_of_random": "random"}, {}, 2)
+    assert [found["row"] for found in content["rows"]] == ["random", "mean_of_random", "joint"]
+    assert content["finished"] == 2 and "against_control" not in row(content, "random")
+    assert tables.losses_table(content).rows[1][:2] == ["random, mean of its tries", "9.0000"]
+    assert any("the cost of one" in line for line in tables.explained(content))
 
 
 def test_reference_sets_where_a_test_set_is_missing():
