@@ -4,6 +4,8 @@
 """
 
 import argparse
+import json
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,13 @@ def settings(config: dict[str, Any]) -> str:
     )
 
 
+def command(compare: dict[str, Any], config: dict[str, Any]) -> str:
+    """What makes such a comparison again, but for the data's and the model's places."""
+    own = "" if config["model"]["name_or_path"] is None else " --config FILE"
+    given = [f"--compare.{key} {shlex.quote(json.dumps(value))}" for key, value in compare.items() if value]
+    return f"python main.py{own} --stage compare {' '.join(given)}"
+
+
 def page(folder: Path, figures: Path) -> str:
     """The page's text. figures: where they lie, relative to it."""
     content = read_json(folder / JSON_FILE)
@@ -57,8 +66,8 @@ def page(folder: Path, figures: Path) -> str:
             "# Results: every method on equal terms",
             f"Seeds {', '.join(map(str, content['seeds']))}. {settings(config)}"
             + (f" Changed for single methods: {other}." if other else ""),
-            "What the methods are: [methods.md](methods.md). Made by `bash scripts/compare.sh`, written by"
-            " `python scripts/results.py` from that comparison's leaderboard.json.",
+            "What the methods are: [methods.md](methods.md). Written by `python scripts/results.py` from the"
+            f" leaderboard.json that this makes:\n\n    {command(content['compare'], config)}",
             *pictures,
             body,
         ]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import time
@@ -15,7 +16,9 @@ import pytest
 from miniature import arguments, files, make_data, python, read, run, start, torchrun
 
 from ideal.compare import stage as compare
+from ideal.config import read_command
 from ideal.errors import UserError
+from main import ARGUMENTS
 from scripts.results import page
 
 SEEDS = (3, 4)
@@ -175,6 +178,11 @@ def test_results_page(finished):
     text = page(finished, Path("figures"))
     tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard")
     assert tables.strip() in text and "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
+    made_by = next(line for line in text.splitlines() if line.startswith("    python main.py"))
+    words = shlex.split(made_by)
+    again = read_command(ARGUMENTS, words[words.index("--stage") :]).compare
+    assert (again.methods, again.seeds) == (["ideal", "odm"], list(SEEDS))
+    assert again.overrides == {"ideal": {"max_change": "0.4"}}
 
 
 def test_another_configuration_is_refused_before_anything_runs(finished, data, capsys):

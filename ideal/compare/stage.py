@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -65,7 +65,9 @@ class Comparison:
         """The leaderboard of what there is, on rank 0."""
         if is_main():
             runs, expected = list(self.runs.values()), len(methods) * len(self.seeds)
-            write_leaderboard(self.folder.path, leaderboard(runs, self.beside, self.failed, expected))
+            content = leaderboard(runs, self.beside, self.failed, expected)
+            made_by = {**asdict(self.command.compare), "seeds": self.seeds}
+            write_leaderboard(self.folder.path, {**content, "compare": made_by})
         barrier()
 
 
