@@ -175,9 +175,13 @@ def test_the_same_command_again_trains_nothing(finished, data, quick, monkeypatc
 
 def test_results_page(finished):
     """Every table of the leaderboard, and what was changed for single methods."""
-    text = page(finished, Path("figures"))
-    tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard")
-    assert tables.strip() in text and "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
+    text = page({"demo": finished, "real": None}, Path("figures"))
+    tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard").replace("\n## ", "\n### ")
+    assert tables.strip() in text and "figures/demo_mixtures.svg" in text and "was not at hand" in text
+    average = row(read(finished / "leaderboard.json"), "ideal")["losses"]["average"]
+    change = f"{average['change']:+.4f} ± {average['change_error']:.4f}"
+    assert f"| IDEAL after two rounds | 57.87 | 59.23 | {change} |" in text
+    assert "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
     made_by = next(line for line in text.splitlines() if line.startswith("    python main.py"))
     words = shlex.split(made_by)
     again = read_command(ARGUMENTS, words[words.index("--stage") :]).compare
