@@ -13,7 +13,7 @@ import miniature
 import numpy as np
 import psutil
 import pytest
-from miniature import arguments, files, make_data, python, read, run, start, torchrun
+from miniature import arguments, files, python, read, run, start, torchrun
 
 from ideal.compare import stage as compare
 from ideal.config import read_command
@@ -32,16 +32,6 @@ COMPARED = {
     "data__domains__safety__reference": "none",
 }
 ROWS = {"joint", "ideal", "odm", "joint_as_ideal"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "domains")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -17,17 +17,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from miniature import DOMAINS, POOL, arguments, files, make_data, python, read, run, start, torchrun
+from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ideal.loop import evaluate_model
 
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "domains")
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +33,6 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished: outer steps taken: 2 of 2" in done.stdout
     return output
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.quick(monkeypatch)
 
 
 def losses(run_folder: Path) -> list[dict[str, Any]]:
