@@ -6,7 +6,7 @@ seed, because runs of one seed share their data, their order and their noise.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class RunNumbers:
     trained_tokens: what all inner loops trained on, all passes, proxies too.
     Seconds: of all inner loops, in them a controller's measurements; of taking reference losses between them, the
     base model's included; of all outer steps. None where the run's files do not tell.
+    benchmarks: of the result, as scripts/evaluate.sh left them, by task (ideal/benchmarks/scores.py).
     """
 
     row: str
@@ -49,6 +50,7 @@ class RunNumbers:
     measuring_seconds: float | None
     evaluation_seconds: float | None
     influence_seconds: float | None
+    benchmarks: dict[str, Json] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -80,6 +82,7 @@ def numbers_of(run: RunFiles, row: str, seed: int) -> RunNumbers:
         measuring_seconds=total([number(this.get("measuring_seconds")) for this in training]),
         evaluation_seconds=evaluation_seconds(run),
         influence_seconds=total([total(list(map(number, found.values()))) for found in steps]),
+        benchmarks=run.benchmarks,
     )
 
 
@@ -121,6 +124,7 @@ def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
         measuring_seconds=part(best.measuring_seconds),
         evaluation_seconds=part(best.evaluation_seconds),
         influence_seconds=part(best.influence_seconds),
+        benchmarks={},
     )
 
 
@@ -272,8 +276,74 @@ def leaderboard(
         "failed": dict(failed),
         "marks": {column: {"best": best, "worst": worst} for column, (best, worst) in marks.items()},
         "rows": rows,
+        "benchmarks": benchmarks_of(by_row, [entry["row"] for entry in rows]),
         "runs": [asdict(run) for run in runs],
     }
+
+
+def comparable(benchmarks: Sequence[Mapping[str, Json]]) -> tuple[list[str], list[str]]:
+    """The tasks whose results may be compared over all models, and those that were measured in different ways.
+
+    benchmarks: of every model, by task. A model may lack a task. Two results of a task may be compared when they have
+    the same settings, metric and number of rows. In the order in which they come first.
+    """
+    tasks = list(dict.fromkeys(task for found in benchmarks for task in found))
+
+    def ways(task: str) -> list[Any]:
+        return [[found[task][key] for key in ("settings", "metric", "rows")] for found in benchmarks if task in found]
+
+    same = [task for task in tasks if all(way == ways(task)[0] for way in ways(task))]
+    return same, [task for task in tasks if task not in same]
+
+
+def benchmarks_of(by_row: Mapping[str, Mapping[int, RunNumbers]], order: Sequence[str]) -> Json:
+    """Scores of public benchmarks: means over seeds and paired changes against joint, for the rows in `order`.
+
+    Tasks that were not measured in the same way everywhere are named and left out.
+    """
+    runs = [run for found in by_row.values() for run in found.values()]
+    tasks, left_out = comparable([run.benchmarks for run in runs])
+    upward = [task for task in tasks if all(is_upward(run, task) for run in runs)]
+    columns = score_columns(by_row, tasks, upward)
+    rows = {
+        row: {
+            column: {
+                **spread(mean_and_error(np.array(list(found.get(row, {}).values())))),
+                **spread(paired(found.get(row, {}), found.get(JOINT, {})), "change"),
+            }
+            for column, found in columns.items()
+        }
+        for row in order
+        if any(row in found for found in columns.values())
+    }
+    lowest_and_highest = {column: marked(found) for column, found in columns.items()}
+    best = {column: pair[column in ("average", *upward)] for column, pair in lowest_and_highest.items()}
+    return {"left_out": left_out, "best": best, "rows": rows}
+
+
+def score_columns(
+    by_row: Mapping[str, Mapping[int, RunNumbers]], tasks: Sequence[str], upward: Sequence[str]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """By column, by row, by seed: the mean of all tasks in `upward` (for seeds that have them all), and each task.
+
+    No average of a single task. Rows without a score are not there.
+    """
+    columns: dict[str, dict[str, dict[int, float]]] = {}
+    for column, wanted in [("average", upward)] * (len(upward) > 1) + [(task, [task]) for task in tasks]:
+        columns[column] = {}
+        for row, found in by_row.items():
+            scores = {
+                seed: float(np.mean([run.benchmarks[task]["score"] for task in wanted]))
+                for seed, run in found.items()
+                if set(wanted) <= run.benchmarks.keys()
+            }
+            columns[column] |= {row: scores} if scores else {}
+    return columns
+
+
+def is_upward(run: RunNumbers, task: str) -> bool:
+    """Whether more is better in a run's score of `task`; also where it has none."""
+    return bool(run.benchmarks.get(task, {"higher_is_better": True})["higher_is_better"])
 
 
 def has_tests(run: RunNumbers) -> bool:

@@ -16,6 +16,7 @@ from ideal.compare.figures import draw
 from ideal.compare.leaderboard import (
     RunNumbers,
     by_chance,
+    comparable,
     exceeds,
     leaderboard,
     marked,
@@ -315,3 +316,75 @@ def test_a_leaderboard_without_costs_or_rows_still_has_a_page(tmp_path):
     content = leaderboard(unknown, {}, {}, 4)
     assert list(draw(content)) == ["mixtures"]
     assert tables.cost_table(content).rows[0][3:5] == ["-", "-"]
+
+
+# Benchmarks
+
+
+def scored(run: RunNumbers, **scores: float) -> RunNumbers:
+    ways = {"metric": "acc,none", "higher_is_better": True, "rows": 10, "settings": {"limit": None}}
+    return replace(run, benchmarks={task: {"score": score, **ways} for task, score in scores.items()})
+
+
+def with_benchmarks() -> dict[str, Any]:
+    """gsm8k over seeds: joint .2 .3, m .5 .5; m lacks bbh in seed 1, so its average is that of seed 0."""
+    runs = [
+        scored(run("joint", 0, 2.0, 4.0), gsm8k=0.2, bbh=0.6),
+        scored(run("joint", 1, 3.0, 5.0), gsm8k=0.3, bbh=0.8),
+        scored(run("m", 0, 1.0, 3.0), gsm8k=0.5, bbh=0.7),
+        scored(run("m", 1, 1.8, 4.2), gsm8k=0.5),
+        run("unscored", 0, 1.0, 1.0),
+    ]
+    return dict(json.loads(json.dumps(leaderboard(runs, {}, {}, 6), allow_nan=False)))
+
+
+def test_benchmarks_over_seeds():
+    found = with_benchmarks()["benchmarks"]
+    assert found["rows"]["m"]["gsm8k"] == pytest.approx(
+        {"mean": 0.5, "error": 0.0, "change": 0.25, "change_error": 0.05}
+    )
+    assert found["rows"]["joint"]["average"] == pytest.approx(
+        {"mean": 0.475, "error": 0.075, "change": 0.0, "change_error": 0.0}
+    )
+    assert found["rows"]["m"]["average"]["mean"] == pytest.approx(0.6)
+    assert found["rows"]["m"]["average"]["change"] == pytest.approx(0.2) and "unscored" not in found["rows"]
+    assert found["rows"]["m"]["average"]["error"] is None, "one seed"
+    # .25 with an error of .05 stands out; bbh and the average have one seed in common with joint's, and no error.
+    assert found["best"] == {"average": None, "gsm8k": "m", "bbh": None}
+
+
+def test_benchmarks_in_tables():
+    content = with_benchmarks()
+    table = tables.benchmarks_table(content)
+    assert table.header == ["score", "average", "gsm8k", "bbh"]
+    assert dict(zip([row[0] for row in table.rows], table.rows, strict=True))["m"][2] == "0.5000 ± 0.0000 (best)"
+    changes = tables.benchmark_changes_table(content)
+    assert changes.rows == [["m", "+0.2000 ± -", "+0.2500 ± 0.0500", "+0.1000 ± -"]]
+    lines = {line["row"]: line for line in csv.DictReader(io.StringIO(tables.as_csv(content)))}
+    assert float(lines["m"]["score gsm8k"]) == 0.5 and float(lines["m"]["score gsm8k change"]) == 0.25
+    assert lines["unscored"]["score gsm8k"] == ""
+
+
+def test_a_task_where_less_is_better_and_one_run_differently():
+    cases = [(row, wiki, seed) for row, wiki in (("joint", 9.0), ("m", 5.0)) for seed in (0, 1)]
+    runs = [scored(run(row, seed, 1, 1), wiki=wiki, other=0.5) for row, wiki, seed in cases]
+    for each in runs:
+        each.benchmarks["wiki"]["higher_is_better"] = False
+    runs[0].benchmarks["other"] = {**runs[0].benchmarks["other"], "rows": 3}
+    content = leaderboard(runs, {}, {}, 4)
+    assert content["benchmarks"]["best"] == {"wiki": "m"}
+    assert "other was not run in the same way on all models, so it is left out here." in tables.markdown(content)
+
+
+def test_what_may_be_compared() -> None:
+    def found(**settings: object) -> dict[str, object]:
+        return {"settings": settings, "metric": "acc,none", "rows": 5, "score": 0.1}
+
+    models = [
+        {"same": found(limit=None), "limited": found(limit=None), "alone": found(limit=3)},
+        {"same": found(limit=None), "limited": found(limit=10)},
+        {"same": {**found(limit=None), "score": 0.9, "seconds": 3.0}},
+    ]
+    assert comparable(models) == (["same", "alone"], ["limited"])
+    assert comparable([{"t": found()}, {"t": {**found(), "rows": 4}}]) == ([], ["t"])
+    assert comparable([{}, {}]) == ([], [])
