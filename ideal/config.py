@@ -179,6 +179,11 @@ def _check_across_groups(config: Config) -> None:
         raise UserError(
             f"mixing.start: the rounds of {method} stand beside each other, each from the base model; leave it at base"
         )
+    if config.mixing.start == "continue" and config.mixing.step == "surrogate" and method == "ideal":
+        raise UserError(
+            "mixing.start: the surrogate compares rounds that each start from the base model; leave it at base, or set "
+            "mixing.step to fixed"
+        )
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"
         raise UserError(f"{missing}: not given; give both it and the other (or neither, for the embedded demo)")

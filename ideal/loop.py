@@ -96,10 +96,10 @@ def run_loop(run: Run) -> None:
         evaluation = evaluate_round(run, here)
         mixture = as_drawn(run, here, mixture)
         stop = stop_reason(run, number)
-        matrix = None
+        influence = None
         if mixer.needs_influence and number < last and not stop:
-            matrix = influence_of_round(run, here, mixture)
-        results.append(result_of(run, number, mixture, evaluation, matrix))
+            influence = influence_of_round(run, here, mixture)
+        results.append(result_of(run, number, mixture, evaluation, influence))
         step = mixer.propose(results) if number < last and not stop else None
         finish_round(run, here, step)
         if step is None:
@@ -333,8 +333,8 @@ def evaluate_model(run: Run, model: torch.nn.Module, description: str, number: i
     }
 
 
-def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndarray:
-    """[R, n] M in its free form, at this round's model."""
+def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> dict[str, Any]:
+    """The content of influence.json, at this round's model."""
     if not exists(here.influence):
         with loaded_model(run, here) as model:
             influence = estimate_influence(run, model, mixture)
@@ -343,7 +343,7 @@ def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> np.ndar
         write_json(here.influence, content)
         run.folder.log("influence", {"seconds": sum(influence.seconds.values())}, round=here.number)
         barrier()
-    return np.array(read_json(here.influence)["matrix"])
+    return dict(read_json(here.influence))
 
 
 def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> Influence:
@@ -417,9 +417,14 @@ def _plain(value: Any) -> Any:
 
 
 def result_of(
-    run: Run, number: int, mixture: Mixture, evaluation: dict[str, Any], matrix: np.ndarray | None
+    run: Run, number: int, mixture: Mixture, evaluation: dict[str, Any], influence: dict[str, Any] | None
 ) -> RoundResult:
     """What a mixer may know after a round."""
+    matrix = errors = None
+    if influence is not None:
+        matrix = np.array(influence["matrix"], dtype=np.float64)
+        of_entries = influence["standard_errors"]["matrix"]
+        errors = Errors(*(np.array(of_entries[source], dtype=np.float64) for source in Errors._fields)).combined
     training = run.folder.round(number).training
     observed = read_json(training).get("observed", {}) if exists(training) else {}
     return RoundResult(
@@ -430,6 +435,7 @@ def result_of(
         reference_loss=np.array([evaluation["reference_loss"][name] for name in run.data.references]),
         weights=np.array([run.data.weights[name] for name in run.data.references]),
         influence=matrix,
+        influence_errors=errors,
         observed=observed,
     )
 
@@ -439,21 +445,27 @@ def stop_reason(run: Run, number: int) -> str | None:
     if not run.mixer.successive:
         return None
     losses = [read_json(run.folder.round(r).evaluation)["Q"] for r in range(number + 1)]
-    best = int(np.argmin(losses))
+    best = earliest_best(dict(enumerate(losses)), run.mixer.tie)
+    assert best is not None
     if number - best < run.config.mixing.patience:
         return None
     return f"Q of round {number} ({losses[number]:.4f}) is not below round {best}'s ({losses[best]:.4f})"
 
 
 def best_round(run: Run) -> int | None:
-    """The evaluated round of lowest Q on the reference sets, the earliest of equal ones, among those whose model
-    may be the result; None before there is one."""
+    """The evaluated round of lowest Q on the reference sets, the earliest of those that are as good, among those whose
+    model may be the result; None before there is one."""
     mixer, losses = run.mixer, dict[int, float]()
     for number in range(mixer.last_round() + 1):
         evaluation = run.folder.round(number).evaluation
         if mixer.is_result(number) and evaluation.is_file():
             losses[number] = read_json(evaluation)["Q"]
-    return min(losses, key=losses.__getitem__, default=None)
+    return earliest_best(losses, mixer.tie)
+
+
+def earliest_best(losses: dict[int, float], tie: float) -> int | None:
+    """The first round whose loss is within `tie` (relative) of the lowest; None where there is none."""
+    return next((number for number, loss in losses.items() if loss <= min(losses.values()) * (1 + tie)), None)
 
 
 def needs_influence(run: Run, here: RoundFolder) -> bool:

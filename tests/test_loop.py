@@ -20,7 +20,7 @@ import yaml
 from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ideal.loop import evaluate_model
+from ideal.loop import earliest_best, evaluate_model
 
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
 
@@ -328,6 +328,28 @@ def test_continued_run_with_more_rounds_starts_from_the_last_round(data, tmp_pat
     assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 1}) == 0
     assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 2}) == 0
     assert_same_run(tmp_path / "grown", tmp_path / "whole")
+
+
+def test_the_surrogate_goes_on_as_if_it_had_not_been_interrupted(data, tmp_path, quick, capsys):
+    """All of its memory is in the rounds' files: two runs of the same command in turn are one."""
+    few = {**FIXED, "mixing__step": "surrogate", "data__max_examples": 16, "mixing__patience": 5}
+    assert run(data, tmp_path / "whole", **few) == 0
+    assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 1}) == 0
+    assert run(data, tmp_path / "grown", **few) == 0
+    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+    steps = [read(path) for path in sorted((tmp_path / "whole").glob("round_*/step.json"))]
+    assert steps == [read(path) for path in sorted((tmp_path / "grown").glob("round_*/step.json"))]
+    assert len(steps) == 2 and list(steps[0]["predicted"]["reference_loss"]) == list(DOMAINS)
+    totals = [m["total_tokens"] for m in mixtures(tmp_path / "whole")]
+    assert max(totals) - min(totals) <= 60
+    assert run(data, tmp_path / "on", **few, mixing__start="continue") == 2
+    assert "mixing.start: the surrogate compares rounds that each start from" in capsys.readouterr().err
+
+
+def test_a_round_within_the_tie_of_the_best_is_kept_if_it_is_earlier():
+    losses_of_rounds = {0: 1.0, 1: 0.905, 2: 0.9, 3: 1.1}
+    assert [earliest_best(losses_of_rounds, tie) for tie in (0.0, 0.01, 0.2)] == [2, 1, 0]
+    assert earliest_best({}, 0.01) is None
 
 
 @pytest.mark.parametrize("method", ["joint", "uniform"])

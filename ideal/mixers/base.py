@@ -27,8 +27,9 @@ class MixingConfig:
     doge: proxies in turn; skillit, aioli: revisions within the last inner loop; odm: after every step"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """m: the largest relative change of a domain's volume in one outer step"""
-    step: Literal["fixed"] = "fixed"
-    """the rule that turns influence into beta; fixed: the paper's, beta = -m alpha / max |alpha|"""
+    step: Literal["fixed", "surrogate"] = "fixed"
+    """ideal's rule for the next mixture; fixed: the paper's, beta = -m alpha / max |alpha|; surrogate: the best point
+    of a model of all rounds' losses and influence (docs/methods.md), for which max_change limits the total's change"""
     budget: Literal["free", "fixed"] = "free"
     """ideal's total; free: it may grow or shrink (paper); fixed: trained tokens stay the same, as with all others"""
     start: Literal["base", "continue"] = "base"
@@ -69,6 +70,8 @@ class RoundResult:
     pool_sizes, ratios, shares: [n] examples per pool, size / pool, s_j.
     reference_loss, weights: [R] L_ref,r per trained token, w_r (sum 1).
     influence: [R, n] M in its free form; None where the mixer asks for none.
+    influence_errors: [R, n] standard errors of M, from the sampling of sequences and of reference rows together; nan
+        where one is unknown, None where there are none.
     observed: what the round's controller left (`Controller.observed`); empty without one.
     """
 
@@ -79,6 +82,7 @@ class RoundResult:
     reference_loss: np.ndarray
     weights: np.ndarray
     influence: np.ndarray | None
+    influence_errors: np.ndarray | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -127,6 +131,11 @@ class Mixer:
     def moves(cls) -> bool:
         """Whether this method ever changes its mixture after a round."""
         return cls.propose is not Mixer.propose
+
+    @property
+    def tie(self) -> float:
+        """The relative difference of Q within which the earlier round is kept as the better one."""
+        return 0.0
 
     @property
     def keeps_volume(self) -> bool:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ideal.influence.matrix import fixed_form, objective
 from ideal.mixers.base import Mixer, RoundResult, Step
+from ideal.mixers.surrogate_step import TIE, surrogate_step
 
 
 def fixed_step(alpha: np.ndarray, max_change: float) -> np.ndarray:
@@ -20,16 +21,23 @@ def keep_volume(beta: np.ndarray, shares: np.ndarray) -> np.ndarray:
 
 
 class Ideal(Mixer):
-    """alpha = w^T M, centred when the volume is fixed; beta by the paper's rule."""
+    """alpha = w^T M, centred when the volume is fixed; beta by the paper's rule, or the next mixture by a surrogate."""
 
     needs_influence = True
     has_budget = True
 
+    @property
+    def tie(self) -> float:
+        """The surrogate's own, where it chooses."""
+        return TIE if self.config.step == "surrogate" else 0.0
+
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
-        """The paper's step from the last round's influence matrix."""
+        """The surrogate's step from all rounds, or the paper's from the last round's influence matrix."""
         last = rounds[-1]
         assert last.influence is not None, "the loop estimates influence for mixers that need it"
         fixed = self.config.budget == "fixed"
+        if self.config.step == "surrogate":
+            return surrogate_step(rounds, self.setup, fixed, self.config.max_change)
         matrix = fixed_form(last.influence, last.shares) if fixed else last.influence
         alpha = objective(matrix, last.weights)
         beta = fixed_step(alpha, self.config.max_change)
