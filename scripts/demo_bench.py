@@ -58,10 +58,10 @@ class Bench:
     data: Data
 
     @staticmethod
-    def open() -> "Bench":
-        """The demo as configs/demo.yaml sets it; one thread and no progress bars."""
+    def open(more: Sequence[str] = ()) -> "Bench":
+        """The demo as configs/demo.yaml and further arguments of main.py set it; one thread and no progress bars."""
         torch.set_num_threads(1)
-        config = with_demo(read_command(ARGUMENTS, ["--train.disable_tqdm", "true"]).config)
+        config = with_demo(read_command(ARGUMENTS, ["--train.disable_tqdm", "true", *more]).config)
         tokenizer = load_tokenizer(config.model)
         return Bench(config, tokenizer, load_data(config.data, tokenizer, config.seed))
 
@@ -150,11 +150,11 @@ class Job:
 _bench: Bench | None = None  # a worker process's own
 
 
-def _open() -> None:
+def _open(more: Sequence[str]) -> None:
     global _bench
     # Progress bars of workers would overwrite ours; their exceptions arrive all the same.
     sys.stderr = Path(os.devnull).open("w")
-    _bench = Bench.open()
+    _bench = Bench.open(more)
 
 
 def _do(job: Job) -> tuple[Job, Outcome]:
@@ -164,11 +164,14 @@ def _do(job: Job) -> tuple[Job, Outcome]:
 
 
 class Workers:
-    """Processes that do jobs, each with the demo's model and data of its own; used as a context manager."""
+    """Processes that do jobs, each with the demo's model and data of its own; used as a context manager.
 
-    def __init__(self, processes: int) -> None:
+    more: further arguments of main.py.
+    """
+
+    def __init__(self, processes: int, more: Sequence[str] = ()) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"  # the workers inherit it
-        self.pool = multiprocessing.get_context("spawn").Pool(processes, _open)
+        self.pool = multiprocessing.get_context("spawn").Pool(processes, _open, (more,))
 
     def __enter__(self) -> "Workers":
         return self
