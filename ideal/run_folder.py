@@ -41,6 +41,8 @@ MAY_CHANGE = frozenset(
 )  # fmt: skip
 GROWS = "mixing.rounds"
 LOCK = ".lock"
+BENCHMARKS = "benchmarks.json"
+"""Of a run's result, beside the run; scripts/evaluate.sh writes it."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:

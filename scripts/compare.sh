@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Every mixing method on equal terms, on the embedded demo (or on whatever further arguments to main.py say), with 5
 # seeds; the same command goes on where it was stopped. NPROC: processes, one by default. Then docs/results.md:
-# python scripts/results.py runs/compare
+# python scripts/results.py --demo runs/compare
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup.sh

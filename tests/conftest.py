@@ -1,6 +1,7 @@
 """For all tests: one thread each, a data cache of their own, and no way to the hub."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -25,3 +26,19 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_DATASETS_CACHE"] = str(cache)
     datasets.config.HF_DATASETS_CACHE = cache
     datasets.disable_progress_bars()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small domains (miniature.py), which no test changes."""
+    from miniature import make_data
+
+    return make_data(tmp_path_factory.mktemp("data") / "domains")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in this process without what takes long and is tested elsewhere."""
+    import miniature
+
+    miniature.quick(monkeypatch)

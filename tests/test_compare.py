@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import time
@@ -12,10 +13,12 @@ import miniature
 import numpy as np
 import psutil
 import pytest
-from miniature import arguments, files, make_data, python, read, run, start, torchrun
+from miniature import arguments, files, python, read, run, start, torchrun
 
 from ideal.compare import stage as compare
+from ideal.config import read_command
 from ideal.errors import UserError
+from main import ARGUMENTS
 from scripts.results import page
 
 SEEDS = (3, 4)
@@ -29,16 +32,6 @@ COMPARED = {
     "data__domains__safety__reference": "none",
 }
 ROWS = {"joint", "ideal", "odm", "joint_as_ideal"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "domains")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.quick(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -172,9 +165,18 @@ def test_the_same_command_again_trains_nothing(finished, data, quick, monkeypatc
 
 def test_results_page(finished):
     """Every table of the leaderboard, and what was changed for single methods."""
-    text = page(finished, Path("figures"))
-    tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard")
-    assert tables.strip() in text and "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
+    text = page({"demo": finished, "real": None}, Path("figures"))
+    tables = (finished / "leaderboard.md").read_text().removeprefix("# Leaderboard").replace("\n## ", "\n### ")
+    assert tables.strip() in text and "figures/demo_mixtures.svg" in text and "was not at hand" in text
+    average = row(read(finished / "leaderboard.json"), "ideal")["losses"]["average"]
+    change = f"{average['change']:+.4f} ± {average['change_error']:.4f}"
+    assert f"| IDEAL after two rounds | 57.87 | 59.23 | {change} |" in text
+    assert "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
+    made_by = next(line for line in text.splitlines() if line.startswith("    python main.py"))
+    words = shlex.split(made_by)
+    again = read_command(ARGUMENTS, words[words.index("--stage") :]).compare
+    assert (again.methods, again.seeds) == (["ideal", "odm"], list(SEEDS))
+    assert again.overrides == {"ideal": {"max_change": "0.4"}}
 
 
 def test_another_configuration_is_refused_before_anything_runs(finished, data, capsys):

@@ -17,15 +17,12 @@ import psutil
 import pytest
 import torch
 import yaml
-from miniature import DOMAINS, POOL, arguments, files, make_data, python, read, run, start, torchrun
+from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ideal.loop import evaluate_model
+
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "domains")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +33,6 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "finished: outer steps taken: 2 of 2" in done.stdout
     return output
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.quick(monkeypatch)
 
 
 def losses(run_folder: Path) -> list[dict[str, Any]]:
@@ -407,7 +399,12 @@ def test_loss_starts_from_the_base_models_losses(data, tmp_path, quick):
     assert read(tmp_path / "mix/mixture.json")["domains"] == first["domains"]
 
 
-def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys):
+def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys, monkeypatch):
+    def worse_and_worse(run: Any, model: Any, description: str, number: int | None) -> dict[str, Any]:
+        """Every proxy has a lower Q than the result, which is kept all the same."""
+        return {**evaluate_model(run, model, description, number), "Q": float(number or 0)}
+
+    monkeypatch.setattr("ideal.loop.evaluate_model", worse_and_worse)
     few = {"mixing__method": "regmix", "data__max_examples": 16}
     assert run(data, tmp_path / "run", **few, mixing__rounds=4) == 2
     assert "mixing.rounds: regmix cannot learn from 4 proxy runs" in capsys.readouterr().err

@@ -3,21 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-import miniature
 import pytest
-from miniature import DOMAINS, arguments, make_data, read, run, start, torchrun
+from miniature import DOMAINS, arguments, read, run, start, torchrun
 
 FEW = {"data__max_examples": 16, "train__num_train_epochs": 2, "mixing__rounds": 1}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data") / "domains")
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    miniature.quick(monkeypatch)
 
 
 def rounds(folder: Path) -> list[str]:

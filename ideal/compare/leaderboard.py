@@ -5,8 +5,8 @@ seed, because runs of one seed share their data, their order and their noise.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from ideal.report.files import Json, RoundFiles, RunFiles, number
 
 JOINT = "joint"
 """The row that all others are compared with."""
+CONTROL = f"{JOINT}_as_"
+"""Beginning of the row that holds joint with the volume of a method that grew the data."""
+MEAN = "mean_of_"
+"""Beginning of the row that holds the mean of all tries of a method that keeps the best of them."""
 ERRORS = 2.0
 """Standard errors that a difference must exceed to be marked."""
 
@@ -28,6 +32,7 @@ class RunNumbers:
     trained_tokens: what all inner loops trained on, all passes, proxies too.
     Seconds: of all inner loops, in them a controller's measurements; of taking reference losses between them, the
     base model's included; of all outer steps. None where the run's files do not tell.
+    benchmarks: of the result, as scripts/evaluate.sh left them, by task (ideal/benchmarks/scores.py).
     """
 
     row: str
@@ -45,6 +50,7 @@ class RunNumbers:
     measuring_seconds: float | None
     evaluation_seconds: float | None
     influence_seconds: float | None
+    benchmarks: dict[str, Json] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -76,6 +82,49 @@ def numbers_of(run: RunFiles, row: str, seed: int) -> RunNumbers:
         measuring_seconds=total([number(this.get("measuring_seconds")) for this in training]),
         evaluation_seconds=evaluation_seconds(run),
         influence_seconds=total([total(list(map(number, found.values()))) for found in steps]),
+        benchmarks=run.benchmarks,
+    )
+
+
+def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
+    """What one try of a method comes to on average, which no choice flatters: all numbers of `best`, the same run's
+    result, as means over the run's results. None where there is only one, or where each is meant to improve on the
+    one before.
+    """
+    tries, n = run.results, len(run.results)
+    if run.method.successive or n < 2:
+        return None
+
+    def mean(value: Callable[[RoundFiles], float]) -> float:
+        return float(np.mean([value(this) for this in tries]))
+
+    def losses(kind: str) -> dict[str, float]:
+        names = getattr(best, kind)
+        return {name: mean(lambda this, name=name: this.evaluation[kind][name]) for name in names}  # type: ignore[misc]
+
+    def domains(key: str) -> dict[str, float]:
+        return {name: mean(lambda this, name=name: this.mixture["domains"][name][key]) for name in best.ratios}  # type: ignore[misc]
+
+    def part(value: float | None) -> float | None:
+        return None if value is None else value / n
+
+    return replace(
+        best,
+        row=f"{MEAN}{best.row}",
+        reference_loss=losses("reference_loss"),
+        test_loss=losses("test_loss"),
+        Q=mean(lambda this: this.evaluation["Q"]),
+        Q_test=None if best.Q_test is None else mean(lambda this: this.evaluation["Q_test"]),
+        ratios=domains("ratio"),
+        shares=domains("share"),
+        tokens=round(mean(lambda this: this.mixture["total_tokens"])),
+        inner_loops=1,
+        trained_tokens=part(best.trained_tokens),
+        training_seconds=part(best.training_seconds),
+        measuring_seconds=part(best.measuring_seconds),
+        evaluation_seconds=part(best.evaluation_seconds),
+        influence_seconds=part(best.influence_seconds),
+        benchmarks={},
     )
 
 
@@ -182,15 +231,15 @@ def by_chance(seeds: int) -> float:
 
 
 def leaderboard(
-    runs: Sequence[RunNumbers], controls: Mapping[str, str], failed: Mapping[str, str], expected: int
+    runs: Sequence[RunNumbers], beside: Mapping[str, str], failed: Mapping[str, str], expected: int
 ) -> Json:
     """The content of leaderboard.json.
 
     Args:
         runs: of all rows and seeds so far.
-        controls: row of a control -> the row it stands beside.
+        beside: row of a control or of a mean -> the row it stands beside.
         failed: "row, seed" -> why that run gave nothing.
-        expected: how many runs there will be in the end, controls aside.
+        expected: how many runs there will be in the end, those rows aside.
     """
     by_row: dict[str, dict[int, RunNumbers]] = {}
     for run in runs:
@@ -201,9 +250,9 @@ def leaderboard(
     columns = ["average", "worst", *(f"capability {name}" for name in (first.reference_loss if first else {}))]
     joint = by_row.get(JOINT, {})
     rows = []
-    for row in in_order(losses, controls):
+    for row in in_order(losses, beside):
         found = by_row[row]
-        entry: Json = {"row": row, "beside": controls.get(row), "seeds": sorted(found), **cost_of(found, joint)}
+        entry: Json = {"row": row, "beside": beside.get(row), "seeds": sorted(found), **cost_of(found, joint)}
         entry["losses"] = {
             column: {
                 **spread(mean_and_error(np.array(list(losses[row][column].values())))),
@@ -211,8 +260,8 @@ def leaderboard(
             }
             for column in columns
         }
-        control = next((name for name, beside in controls.items() if beside == row and name in losses), None)
-        if control is not None:
+        control = f"{CONTROL}{row}"
+        if control in losses:
             against = paired(losses[row]["average"], losses[control]["average"])
             entry["against_control"] = spread(against)
         rows.append(entry)
@@ -222,13 +271,79 @@ def leaderboard(
         "seeds": sorted({run.seed for run in runs}),
         "capabilities": list(first.reference_loss) if first else [],
         "domains": list(first.ratios) if first else [],
-        "finished": sum(run.row not in controls for run in runs),
+        "finished": sum(run.row not in beside for run in runs),
         "expected": expected,
         "failed": dict(failed),
         "marks": {column: {"best": best, "worst": worst} for column, (best, worst) in marks.items()},
         "rows": rows,
+        "benchmarks": benchmarks_of(by_row, [entry["row"] for entry in rows]),
         "runs": [asdict(run) for run in runs],
     }
+
+
+def comparable(benchmarks: Sequence[Mapping[str, Json]]) -> tuple[list[str], list[str]]:
+    """The tasks whose results may be compared over all models, and those that were measured in different ways.
+
+    benchmarks: of every model, by task. A model may lack a task. Two results of a task may be compared when they have
+    the same settings, metric and number of rows. In the order in which they come first.
+    """
+    tasks = list(dict.fromkeys(task for found in benchmarks for task in found))
+
+    def ways(task: str) -> list[Any]:
+        return [[found[task][key] for key in ("settings", "metric", "rows")] for found in benchmarks if task in found]
+
+    same = [task for task in tasks if all(way == ways(task)[0] for way in ways(task))]
+    return same, [task for task in tasks if task not in same]
+
+
+def benchmarks_of(by_row: Mapping[str, Mapping[int, RunNumbers]], order: Sequence[str]) -> Json:
+    """Scores of public benchmarks: means over seeds and paired changes against joint, for the rows in `order`.
+
+    Tasks that were not measured in the same way everywhere are named and left out.
+    """
+    runs = [run for found in by_row.values() for run in found.values()]
+    tasks, left_out = comparable([run.benchmarks for run in runs])
+    upward = [task for task in tasks if all(is_upward(run, task) for run in runs)]
+    columns = score_columns(by_row, tasks, upward)
+    rows = {
+        row: {
+            column: {
+                **spread(mean_and_error(np.array(list(found.get(row, {}).values())))),
+                **spread(paired(found.get(row, {}), found.get(JOINT, {})), "change"),
+            }
+            for column, found in columns.items()
+        }
+        for row in order
+        if any(row in found for found in columns.values())
+    }
+    lowest_and_highest = {column: marked(found) for column, found in columns.items()}
+    best = {column: pair[column in ("average", *upward)] for column, pair in lowest_and_highest.items()}
+    return {"left_out": left_out, "best": best, "rows": rows}
+
+
+def score_columns(
+    by_row: Mapping[str, Mapping[int, RunNumbers]], tasks: Sequence[str], upward: Sequence[str]
+) -> dict[str, dict[str, dict[int, float]]]:
+    """By column, by row, by seed: the mean of all tasks in `upward` (for seeds that have them all), and each task.
+
+    No average of a single task. Rows without a score are not there.
+    """
+    columns: dict[str, dict[str, dict[int, float]]] = {}
+    for column, wanted in [("average", upward)] * (len(upward) > 1) + [(task, [task]) for task in tasks]:
+        columns[column] = {}
+        for row, found in by_row.items():
+            scores = {
+                seed: float(np.mean([run.benchmarks[task]["score"] for task in wanted]))
+                for seed, run in found.items()
+                if set(wanted) <= run.benchmarks.keys()
+            }
+            columns[column] |= {row: scores} if scores else {}
+    return columns
+
+
+def is_upward(run: RunNumbers, task: str) -> bool:
+    """Whether more is better in a run's score of `task`; also where it has none."""
+    return bool(run.benchmarks.get(task, {"higher_is_better": True})["higher_is_better"])
 
 
 def has_tests(run: RunNumbers) -> bool:
@@ -249,12 +364,12 @@ def losses_by_seed(found: Mapping[int, RunNumbers], kind: str) -> dict[str, dict
     return columns
 
 
-def in_order(losses: Mapping[str, Mapping[str, Mapping[int, float]]], controls: Mapping[str, str]) -> list[str]:
-    """Rows by their mean average loss, the lowest first; a control right after what it stands beside."""
+def in_order(losses: Mapping[str, Mapping[str, Mapping[int, float]]], beside: Mapping[str, str]) -> list[str]:
+    """Rows by their mean average loss, the lowest first; after each what stands beside it."""
     means = {row: float(np.mean(list(found["average"].values()))) for row, found in losses.items()}
     ordered = []
-    for row in sorted((row for row in losses if row not in controls), key=means.__getitem__):
-        ordered += [row, *(name for name, beside in controls.items() if beside == row and name in losses)]
+    for row in sorted((row for row in losses if row not in beside), key=means.__getitem__):
+        ordered += [row, *(name for name, other in beside.items() if other == row and name in losses)]
     return ordered
 
 

@@ -6,12 +6,12 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ideal.compare.leaderboard import JOINT, RunNumbers, leaderboard, numbers_of
+from ideal.compare.leaderboard import CONTROL, JOINT, RunNumbers, leaderboard, mean_of_tries, numbers_of
 from ideal.compare.writing import JSON_FILE, clear_leaderboard, console_tables, write_leaderboard
 from ideal.config import Command, Config, dump, of_method
 from ideal.data import Data, load_data
@@ -26,8 +26,6 @@ from ideal.report import load_run
 from ideal.run_folder import RunFolder, remove
 from ideal.training import training_arguments
 
-CONTROL = f"{JOINT}_as_"
-
 
 @dataclass
 class Comparison:
@@ -41,7 +39,8 @@ class Comparison:
     """The data of the seed that was used last: held-out cuts differ between seeds."""
     runs: dict[tuple[str, int], RunNumbers] = field(default_factory=dict)
     """By row and seed."""
-    controls: dict[str, str] = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)
+    """Rows that no method of their own made, by the row they stand beside: controls, means of tries."""
     failed: dict[str, str] = field(default_factory=dict)
 
     def config(self, method: str, row: str, seed: int) -> Config:
@@ -66,7 +65,9 @@ class Comparison:
         """The leaderboard of what there is, on rank 0."""
         if is_main():
             runs, expected = list(self.runs.values()), len(methods) * len(self.seeds)
-            write_leaderboard(self.folder.path, leaderboard(runs, self.controls, self.failed, expected))
+            content = leaderboard(runs, self.beside, self.failed, expected)
+            made_by = {**asdict(self.command.compare), "seeds": self.seeds}
+            write_leaderboard(self.folder.path, {**content, "compare": made_by})
         barrier()
 
 
@@ -189,10 +190,21 @@ def one_run(
     if config.keep_models == "final" and is_main():
         for path in (folder.model, folder.path / "export"):
             remove(path)
-    numbers = all_gather_objects(numbers_of(load_run(folder.path), row, seed) if is_main() else None)[0]
-    assert numbers is not None, "rank 0 has read them"
-    comparison.runs[row, seed] = numbers
-    return numbers
+    found = all_gather_objects(rows_of(folder, row, seed) if is_main() else None)[0]
+    assert found is not None, "rank 0 has read them"
+    for numbers in found:
+        comparison.runs[numbers.row, seed] = numbers
+        if numbers.row != row:
+            comparison.beside[numbers.row] = row
+    return found[0]
+
+
+def rows_of(folder: RunFolder, row: str, seed: int) -> list[RunNumbers]:
+    """The numbers of a finished run, and those of the mean of its tries where it kept the best of several."""
+    run = load_run(folder.path)
+    numbers = numbers_of(run, row, seed)
+    mean = mean_of_tries(run, numbers)
+    return [numbers] if mean is None else [numbers, mean]
 
 
 def run_here(comparison: Comparison, config: Config, folder: RunFolder) -> None:
@@ -215,7 +227,7 @@ def add_control(comparison: Comparison, method: str, done: RunNumbers, *, start:
     if not MIXERS[method].has_budget or config.mixing.budget == "fixed" or (JOINT, done.seed) not in comparison.runs:
         return
     joint, row = comparison.runs[JOINT, done.seed], f"{CONTROL}{method}"
-    comparison.controls[row] = method
+    comparison.beside[row] = method
     if done.tokens > joint.tokens:
         one_run(comparison, row, JOINT, done.seed, done.tokens / joint.tokens, start=start)
     else:

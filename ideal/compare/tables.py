@@ -5,7 +5,7 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from ideal.compare.leaderboard import ERRORS, JOINT, by_chance
+from ideal.compare.leaderboard import ERRORS, JOINT, MEAN, by_chance
 from ideal.report.files import Json, number
 from ideal.report.tables import MISSING, Table, duration
 
@@ -16,6 +16,8 @@ def label_of(row: Json) -> str:
     """A row's name for a person: a control is joint times the factor of its volume."""
     if row["beside"] is None:
         return str(row["row"])
+    if row["row"].startswith(MEAN):
+        return f"{row['beside']}, mean of its tries"
     factor = number(row["volume"]["mean"])
     times = "" if factor is None else f" x {factor:.2f}"
     return f"{JOINT}{times} (as {row['beside']})"
@@ -55,6 +57,45 @@ def changes_table(content: Json) -> Table:
             found = [row["losses"][f"{CAPABILITY}{name}"] for name in names]
             rows.append([label_of(row), *(change(each["change"], each["change_error"]) for each in found)])
     return Table("", ["loss - joint's", *names], rows)
+
+
+def benchmarks_table(content: Json) -> Table:
+    """One row per method that has scores: the average of all tasks, where there are several, and every task."""
+    best, scores = content["benchmarks"]["best"], content["benchmarks"]["rows"]
+    rows = []
+    for row in content["rows"]:
+        found = scores.get(row["row"], {})
+        cells = [
+            with_spread(each["mean"], each["error"]) + (" (best)" if best[column] == row["row"] else "")
+            for column, each in found.items()
+        ]
+        rows += [[label_of(row), *cells]] if cells else []
+    return Table("", ["score", *best], rows)
+
+
+def benchmark_changes_table(content: Json) -> Table:
+    """One row per method but joint that has scores: their paired change against joint."""
+    best, scores = content["benchmarks"]["best"], content["benchmarks"]["rows"]
+    rows = [
+        [label_of(row), *(change(each["change"], each["change_error"]) for each in scores[row["row"]].values())]
+        for row in content["rows"]
+        if row["row"] != JOINT and row["row"] in scores
+    ]
+    return Table("", ["score - joint's", *best], rows)
+
+
+def benchmarks_in_words(content: Json) -> list[str]:
+    """What the scores are, in sentences; none where there are no benchmarks."""
+    found = content["benchmarks"]
+    lines = [f"{task} was not run in the same way on all models, so it is left out here." for task in found["left_out"]]
+    if not found["rows"]:
+        return lines
+    return [
+        "Scores of the results by lm-evaluation-harness (scripts/evaluate.sh), higher is better unless a task says"
+        " otherwise; mean over seeds ± its standard error. average: of all tasks, over the seeds that have them all."
+        f" (best) is marked where the paired difference to the next row exceeds {ERRORS:g} standard errors.",
+        *lines,
+    ]
 
 
 def cost_table(content: Json) -> Table:
@@ -121,6 +162,10 @@ def explained(content: Json) -> list[str]:
             "Not every capability has a test set, so these are the reference sets, on which each run chose its best"
             " round: methods with more rounds to choose from are flattered."
         )
+    if any(row["row"].startswith(MEAN) for row in content["rows"]):
+        lines.append(
+            "mean of its tries: the means over all tries of a run that keeps the best of them, and the cost of one."
+        )
     lines.append(
         "against joint: difference of the same seed's runs, mean ± standard error of the differences."
         f" (best) and (worst) are marked where the paired difference to the next row exceeds {ERRORS:g} standard errors"
@@ -142,6 +187,9 @@ def markdown(content: Json) -> str:
     if content["rows"]:
         parts += [as_markdown(losses_table(content)), *explained(content), *controls_in_words(content)]
         parts += ["## Change against joint by capability", as_markdown(changes_table(content))]
+        if words := benchmarks_in_words(content):
+            parts += ["## Benchmarks", as_markdown(benchmarks_table(content)), *words]
+            parts += [as_markdown(benchmark_changes_table(content))]
         parts += ["## Cost", as_markdown(cost_table(content)), COSTS]
         parts += ["## Mixtures of the results", as_markdown(mixture_table(content, "ratios"))]
         parts += [as_markdown(mixture_table(content, "shares"))]
@@ -165,6 +213,12 @@ def as_csv(content: Json) -> str:
             name = column.replace(CAPABILITY, "loss ")
             line |= {f"{name}": found["mean"], f"{name} error": found["error"]}
             line |= {f"{name} change": found["change"], f"{name} change error": found["change_error"]}
+        scores = content["benchmarks"]["rows"].get(row["row"], {})
+        for column in content["benchmarks"]["best"]:
+            score = scores.get(column, {})
+            line |= {f"score {column}": score.get("mean"), f"score {column} error": score.get("error")}
+            line |= {f"score {column} change": score.get("change")}
+            line |= {f"score {column} change error": score.get("change_error")}
         for key in ("equivalents", "seconds", "inner_loops", "volume"):
             line |= named_spread(key, row[key])
         for key in ("ratios", "shares"):

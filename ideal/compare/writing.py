@@ -8,9 +8,13 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ideal.compare.figures import rendered
+from ideal.compare.leaderboard import RunNumbers, leaderboard
 from ideal.compare.tables import (
     COSTS,
     as_csv,
+    benchmark_changes_table,
+    benchmarks_in_words,
+    benchmarks_table,
     changes_table,
     controls_in_words,
     cost_table,
@@ -21,7 +25,7 @@ from ideal.compare.tables import (
     state_in_words,
     summary_table,
 )
-from ideal.report.files import Json, write_atomically
+from ideal.report.files import Json, load_run, write_atomically
 from ideal.report.page import embedded, template
 from ideal.report.tables import WIDTH, as_text
 from ideal.run_folder import read_json, remove
@@ -54,6 +58,9 @@ def page(content: Json, figures: Mapping[str, bytes]) -> str:
         explained=explained(content),
         controls=controls_in_words(content),
         changes=changes_table(content),
+        benchmarks=benchmarks_table(content),
+        benchmark_words=benchmarks_in_words(content),
+        benchmark_changes=benchmark_changes_table(content),
         cost=cost_table(content),
         costs=COSTS,
         ratios=mixture_table(content, "ratios"),
@@ -61,6 +68,18 @@ def page(content: Json, figures: Mapping[str, bytes]) -> str:
         runs=[{"name": f"{row}, seed {seed}", "href": f"{quote(row)}/seed_{seed}/report.html"} for row, seed in runs],
         figures={name.removesuffix(".svg"): embedded(file) for name, file in figures.items() if name.endswith("svg")},
     )
+
+
+def refresh_leaderboard(folder: Path) -> None:
+    """The files again, with the benchmarks that the runs have now; all else stays as the comparison left it."""
+    content = read_json(folder / JSON_FILE)
+    runs = []
+    for entry in content["runs"]:
+        run = load_run(folder / entry["row"] / f"seed_{entry['seed']}")
+        runs.append(RunNumbers(**{**entry, "benchmarks": run.benchmarks}))
+    beside = {row["row"]: row["beside"] for row in content["rows"] if row["beside"] is not None}
+    again = leaderboard(runs, beside, content["failed"], content["expected"])
+    write_leaderboard(folder, {**again, "compare": content["compare"]})
 
 
 def clear_leaderboard(folder: Path) -> None:

@@ -257,7 +257,7 @@ class _Engine:
             streams = {name: self._table(len(self.reference), len(self.pools)) for name in directions}
         elif not self.reuse:
             self.gradients = self.passes.per_layer(part, len(self.pools))
-        self._domain_pass(part, directions, streams, label)
+        self._domain_pass(part, directions, self.training_samples, streams, label)
         if self.auto:
             directions = self._until_certain(part, references, directions)
         self._note(part, self._products(directions, streams))
@@ -320,10 +320,14 @@ class _Engine:
         return dict(solution.solutions)
 
     def _domain_pass(
-        self, part: list[Group], directions: dict[str, Tensor], streams: dict[str, Tensor] | None, label: str
+        self,
+        part: list[Group],
+        directions: dict[str, Tensor],
+        samples: list[_Sample],
+        streams: dict[str, Tensor] | None,
+        label: str,
     ) -> None:
-        """The domains' gradients, or in the streamed form their products with V_r, and the picked scores."""
-        samples = self.training_samples
+        """The gradients of the domains' `rest`, or in the streamed form their products with V_r; `samples` scored."""
         inside = [
             bool(np.isin(sample.sequences.slots, rest.slots).all())
             for sample, rest in zip(samples, self.rest, strict=True)
@@ -369,8 +373,7 @@ class _Engine:
             wanted = more_sequences([len(chosen.rows) for chosen in self.training], self._available(), parts)
             if wanted is None:
                 return directions
-            self._take(wanted)
-            self._domain_pass(part, directions, None, "")
+            self._domain_pass(part, directions, self._take(wanted), None, "")
 
     def _until_curvature_is_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
@@ -410,8 +413,9 @@ class _Engine:
         self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest, 1)
         return sum(len(chosen.rows) for chosen in self.factors) > before
 
-    def _take(self, wanted: list[int]) -> None:
-        """Adds sequences to the domains', up to these numbers."""
+    def _take(self, wanted: list[int]) -> list[_Sample]:
+        """Adds sequences to the domains', up to these numbers; the new ones alone, which nothing has scored yet."""
+        new = []
         for number, (pool, count) in enumerate(zip(self.pools, wanted, strict=True)):
             before = self.training[number]
             self.training[number] = pool.part(np.arange(count))
@@ -419,6 +423,8 @@ class _Engine:
             sample = self.training_samples[number]
             slots = np.concatenate([sample.sequences.slots, self.rest[number].slots])
             self.training_samples[number] = _Sample(pool.part(slots), sample.scores)
+            new.append(_Sample(self.rest[number], sample.scores))
+        return new
 
     def _seen(self) -> Tensor:
         """[n] trained tokens behind the domains' gradients; 1 where there is none."""

@@ -111,8 +111,7 @@ class _RehearsedEngine(_Engine):
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """At worst all sequences are taken."""
-        self._take(self._available())
-        self._domain_pass(part, directions, None, "")
+        self._domain_pass(part, directions, self._take(self._available()), None, "")
         return directions
 
 

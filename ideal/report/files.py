@@ -46,6 +46,8 @@ class RunFiles:
     mixture: Json = field(default_factory=dict)
     metrics: list[Json] = field(default_factory=list)
     data_reports: list[Json] = field(default_factory=list)
+    benchmarked: Json = field(default_factory=dict)
+    """benchmarks.json: what public benchmarks gave, and of which round's model."""
     unreadable: list[str] = field(default_factory=list)
     """Files that are there but cannot be parsed, relative to `folder`."""
 
@@ -100,6 +102,12 @@ class RunFiles:
         return min(self.results, key=lambda r: (r.evaluation["Q"], r.number), default=None)
 
     @property
+    def benchmarks(self) -> dict[str, Json]:
+        """What public benchmarks gave, by task, where they are of the round that is the best now."""
+        same = self.best is not None and self.benchmarked.get("round") == self.best.number
+        return dict(self.benchmarked.get("tasks", {})) if same else {}
+
+    @property
     def method(self) -> type[Mixer]:
         """The run's mixer; the interface's own answers for one that is not known here."""
         return MIXERS.get(str(self.setting("mixing.method")), Mixer)
@@ -149,6 +157,7 @@ def load_run(folder: Path) -> RunFiles:
         mixture=read(folder / "mixture.json", json.loads, dict),
         metrics=read(folder / "metrics.jsonl", _events, list),
         data_reports=[r for r in reports if isinstance(r, dict)],
+        benchmarked=read(folder / "benchmarks.json", json.loads, dict),
         unreadable=unreadable,
     )
 

@@ -62,6 +62,7 @@ def render_page(run: RunFiles, figures: list[str]) -> str:
         change=tables.change_table(run),
         best_number=best.number if best else None,
         best_losses=tables.best_table(run, best.number) if best else None,
+        benchmarks=tables.benchmarks_table(run),
         overview=tables.overview_table(run),
         reference_losses=tables.losses_table(run, "reference"),
         test_losses=tables.losses_table(run, "test"),

@@ -173,6 +173,19 @@ def losses_table(run: RunFiles, kind: str) -> Table:
     return Table("", [f"{kind} loss", *(name for name, _ in columns)], rows)
 
 
+def benchmarks_table(run: RunFiles) -> Table:
+    """One row per public benchmark that the result was evaluated on: its score, which number that is, its rows."""
+    rows = []
+    for task, found in run.benchmarks.items():
+        settings = found.get("settings") or {}
+        prompt = "chat template" if settings.get("chat_template") else "plain"
+        part = f" (the first {settings['limit']} of each task)" if settings.get("limit") else ""
+        spread = "" if number(found.get("error")) is None else f" ± {found['error']:.4f}"
+        score, rows_used = loss(found.get("score")) + spread, count(found.get("rows")) + part
+        rows.append([task, score, str(found.get("metric", MISSING)), rows_used, prompt])
+    return Table("", ["benchmark", "score", "which is", "rows", "prompt"], rows)
+
+
 def change_table(run: RunFiles) -> Table:
     """One row per domain: ratio, size and share at the start and in the best round, where one led to the other."""
     best = run.best
@@ -416,6 +429,7 @@ def present_files(run: RunFiles) -> list[tuple[str, str]]:
         "figures": "the figures, as PNG and SVG",
         "config.yaml": "the resolved configuration",
         "metrics.jsonl": "every logged event",
+        "benchmarks.json": "the result's scores on public benchmarks",
     }
     found = [(name, what) for name, what in known.items() if (run.folder / name).exists()]
     if run.rounds:

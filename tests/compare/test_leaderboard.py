@@ -16,10 +16,12 @@ from ideal.compare.figures import draw
 from ideal.compare.leaderboard import (
     RunNumbers,
     by_chance,
+    comparable,
     exceeds,
     leaderboard,
     marked,
     mean_and_error,
+    mean_of_tries,
     numbers_of,
     paired,
     trained_tokens,
@@ -164,6 +166,20 @@ def test_numbers_of_a_run():
     assert (found.evaluation_seconds, found.influence_seconds) == (7.0, 7.0)
 
 
+def test_mean_of_tries():
+    """Rounds 1 and 2 count, at half of what all three cost; 3 and 4 on the reference sets, 7 and 6 on the test sets."""
+    files = files_of_a_run()
+    tries = replace(files, config={**files.config, "mixing": {"method": "random"}})
+    found = mean_of_tries(tries, numbers_of(tries, "random", 7))
+    assert found is not None and (found.row, found.seed, found.inner_loops) == ("mean_of_random", 7, 1)
+    assert (found.Q, found.reference_loss, found.Q_test, found.test_loss) == (3.5, {"a": 3.5}, 6.5, {"a": 6.5})
+    assert found.ratios == {"x": 1.0, "y": 2.0} and found.shares == {"x": 0.5, "y": 0.5} and found.tokens in (101, 102)
+    assert (found.trained_tokens, found.training_seconds, found.evaluation_seconds) == (303, 4.5, 3.5)
+    assert mean_of_tries(files, numbers_of(files, "m", 7)) is None, "ideal's rounds follow from each other"
+    alone = replace(tries, rounds=tries.rounds[:2])
+    assert mean_of_tries(alone, numbers_of(alone, "random", 7)) is None, "one result is no mean"
+
+
 def test_what_is_not_recorded_is_not_guessed():
     files = files_of_a_run()
     found = numbers_of(replace(files, metrics=files.metrics[1:]), "m", 7)
@@ -215,6 +231,15 @@ def test_volume_and_mixture_of_a_row(content):
     assert found["volume"] == pytest.approx({"mean": 1.25, "error": 0.05})
     assert found["ratios"]["y"] == pytest.approx({"mean": 1.5, "error": 0.5})
     assert found["equivalents"] == pytest.approx({"mean": 1.1, "error": 0.0})
+
+
+def test_a_mean_of_tries_stands_beside_its_method():
+    runs = [run("joint", 0, 2.0, 4.0), run("random", 0, 1.0, 3.0), run("mean_of_random", 0, 9.0, 9.0)]
+    content = leaderboard(runs, {"mean_of_random": "random"}, {}, 2)
+    assert [found["row"] for found in content["rows"]] == ["random", "mean_of_random", "joint"]
+    assert content["finished"] == 2 and "against_control" not in row(content, "random")
+    assert tables.losses_table(content).rows[1][:2] == ["random, mean of its tries", "9.0000"]
+    assert any("the cost of one" in line for line in tables.explained(content))
 
 
 def test_reference_sets_where_a_test_set_is_missing():
@@ -291,3 +316,75 @@ def test_a_leaderboard_without_costs_or_rows_still_has_a_page(tmp_path):
     content = leaderboard(unknown, {}, {}, 4)
     assert list(draw(content)) == ["mixtures"]
     assert tables.cost_table(content).rows[0][3:5] == ["-", "-"]
+
+
+# Benchmarks
+
+
+def scored(run: RunNumbers, **scores: float) -> RunNumbers:
+    ways = {"metric": "acc,none", "higher_is_better": True, "rows": 10, "settings": {"limit": None}}
+    return replace(run, benchmarks={task: {"score": score, **ways} for task, score in scores.items()})
+
+
+def with_benchmarks() -> dict[str, Any]:
+    """gsm8k over seeds: joint .2 .3, m .5 .5; m lacks bbh in seed 1, so its average is that of seed 0."""
+    runs = [
+        scored(run("joint", 0, 2.0, 4.0), gsm8k=0.2, bbh=0.6),
+        scored(run("joint", 1, 3.0, 5.0), gsm8k=0.3, bbh=0.8),
+        scored(run("m", 0, 1.0, 3.0), gsm8k=0.5, bbh=0.7),
+        scored(run("m", 1, 1.8, 4.2), gsm8k=0.5),
+        run("unscored", 0, 1.0, 1.0),
+    ]
+    return dict(json.loads(json.dumps(leaderboard(runs, {}, {}, 6), allow_nan=False)))
+
+
+def test_benchmarks_over_seeds():
+    found = with_benchmarks()["benchmarks"]
+    assert found["rows"]["m"]["gsm8k"] == pytest.approx(
+        {"mean": 0.5, "error": 0.0, "change": 0.25, "change_error": 0.05}
+    )
+    assert found["rows"]["joint"]["average"] == pytest.approx(
+        {"mean": 0.475, "error": 0.075, "change": 0.0, "change_error": 0.0}
+    )
+    assert found["rows"]["m"]["average"]["mean"] == pytest.approx(0.6)
+    assert found["rows"]["m"]["average"]["change"] == pytest.approx(0.2) and "unscored" not in found["rows"]
+    assert found["rows"]["m"]["average"]["error"] is None, "one seed"
+    # .25 with an error of .05 stands out; bbh and the average have one seed in common with joint's, and no error.
+    assert found["best"] == {"average": None, "gsm8k": "m", "bbh": None}
+
+
+def test_benchmarks_in_tables():
+    content = with_benchmarks()
+    table = tables.benchmarks_table(content)
+    assert table.header == ["score", "average", "gsm8k", "bbh"]
+    assert dict(zip([row[0] for row in table.rows], table.rows, strict=True))["m"][2] == "0.5000 ± 0.0000 (best)"
+    changes = tables.benchmark_changes_table(content)
+    assert changes.rows == [["m", "+0.2000 ± -", "+0.2500 ± 0.0500", "+0.1000 ± -"]]
+    lines = {line["row"]: line for line in csv.DictReader(io.StringIO(tables.as_csv(content)))}
+    assert float(lines["m"]["score gsm8k"]) == 0.5 and float(lines["m"]["score gsm8k change"]) == 0.25
+    assert lines["unscored"]["score gsm8k"] == ""
+
+
+def test_a_task_where_less_is_better_and_one_run_differently():
+    cases = [(row, wiki, seed) for row, wiki in (("joint", 9.0), ("m", 5.0)) for seed in (0, 1)]
+    runs = [scored(run(row, seed, 1, 1), wiki=wiki, other=0.5) for row, wiki, seed in cases]
+    for each in runs:
+        each.benchmarks["wiki"]["higher_is_better"] = False
+    runs[0].benchmarks["other"] = {**runs[0].benchmarks["other"], "rows": 3}
+    content = leaderboard(runs, {}, {}, 4)
+    assert content["benchmarks"]["best"] == {"wiki": "m"}
+    assert "other was not run in the same way on all models, so it is left out here." in tables.markdown(content)
+
+
+def test_what_may_be_compared() -> None:
+    def found(**settings: object) -> dict[str, object]:
+        return {"settings": settings, "metric": "acc,none", "rows": 5, "score": 0.1}
+
+    models = [
+        {"same": found(limit=None), "limited": found(limit=None), "alone": found(limit=3)},
+        {"same": found(limit=None), "limited": found(limit=10)},
+        {"same": {**found(limit=None), "score": 0.9, "seconds": 3.0}},
+    ]
+    assert comparable(models) == (["same", "alone"], ["limited"])
+    assert comparable([{"t": found()}, {"t": {**found(), "rows": 4}}]) == ([], ["t"])
+    assert comparable([{}, {}]) == ([], [])

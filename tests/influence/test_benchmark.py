@@ -35,7 +35,7 @@ import benchmark_influence  # noqa: E402
 from comparison import agreement, cosine  # noqa: E402
 from exchange import ALL_BUT_LAST, EVERY_TOKEN, IGNORED, LAST_LABEL, Rows, Workload  # noqa: E402
 from first_position import matrix_without  # noqa: E402
-from flops import Tokens, forward_backward  # noqa: E402
+from flops import Tokens, forward_backward, phase_flops  # noqa: E402
 from sides import PEER_PYTHON, Worker, engine_side, variant  # noqa: E402
 from workloads import QUICK, SHAPES, random_sets  # noqa: E402
 
@@ -237,6 +237,16 @@ def test_operations_of_a_pass():
     with FlopCounterMode(display=False) as counter:
         model(inputs_embeds=embedded).logits.sum().backward()
     assert forward_backward(model.config, Tokens(3 * 17, 3 * 17**2, 3 * 17)) == counter.get_total_flops()
+
+
+def test_operations_of_the_phases():
+    """Half of the sequences for the covariances halve that phase and no other."""
+    rows = Rows([[1, 2, 3, 4], [1, 2, 3]], [[IGNORED, 2, 3, 4], [IGNORED, IGNORED, 3]])
+    workload = Workload(Path(), {"a": rows}, {"a": rows}, [])
+    config = LlamaConfig(**SHAPES["tiny"])
+    whole, half = (phase_flops(config, workload, sequences) for sequences in (2, 1))
+    assert half.pop("covariances") == whole.pop("covariances") / 2
+    assert half == whole
 
 
 def test_variant():

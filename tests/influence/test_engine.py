@@ -27,6 +27,7 @@ from tiny import (
     padded,
     tiny_llama,
     toy_rows,
+    weights_of,
 )
 from torch import nn
 
@@ -478,6 +479,14 @@ def test_errors_from_part_of_the_sequences(world):
         assert abs(np.log(errors(few) / errors(many)).mean()) < 3 / np.sqrt(22)
         assert np.isnan(errors(influence(world, sample_fraction=0.95))).all()
     assert (training_errors(influence(world)) == 0).all()  # nothing was left out
+
+
+def test_what_is_tracked_is_said(world, capsys):
+    influence(world)
+    weights = sum(weight.numel() for weight in weights_of(world.model).values())
+    every = sum(parameter.numel() for parameter in world.model.parameters())
+    said = f"3 linear layers, {weights:,} weights, {round(100 * weights / every)}% of the model's parameters"
+    assert said in capsys.readouterr().out
 
 
 # Mistakes

@@ -150,6 +150,31 @@ def test_auto_is_content_with_few_sequences_where_they_agree(large, capsys, monk
     assert f"{sum(found.sequences.values()):,} of" in said[-1]
 
 
+@pytest.mark.parametrize("error_sequences", [0, 32])
+def test_auto_scores_every_sequence_once_along_its_last_direction(large, monkeypatch, error_sequences):
+    """Against scores taken once more: after the curvature has been estimated anew, none along an earlier V is left,
+    and sequences that came first are not counted again with those that came later."""
+    original, seen = engine._Engine._until_certain, []
+
+    def compared(self, part, references, directions):
+        last = original(self, part, references, directions)
+        again = [
+            self._sample(sample.sequences, pool, len(self.reference))
+            for sample, pool in zip(self.training_samples, self.pools, strict=True)
+        ]
+        self._score("again", part, again, last, "")
+        for sample, expected in zip(self.training_samples, again, strict=True):
+            torch.testing.assert_close(sample.scores, expected.scores, rtol=1e-9, atol=1e-12)
+        seen.append([sum(len(chosen.rows) for chosen in chosens) for chosens in (self.factors, self.training)])
+        return last
+
+    monkeypatch.setattr(engine._Engine, "_until_certain", compared)
+    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 8)
+    influence(large, sample_fraction="auto", error_sequences=error_sequences)
+    least = 3 * samples.LEAST_SEQUENCES
+    assert min(seen[0]) > least, "both the curvature's and the gradients' sequences must have grown"
+
+
 def test_auto_is_as_certain_as_it_says(large):
     """Over ten seeds, alpha's error against the whole computation is near what is promised."""
     whole = influence(large)
