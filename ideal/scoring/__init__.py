@@ -1,0 +1,1 @@
+"""Scoring: what a model answers -> how good it is, in [0, 1]."""
