@@ -1,8 +1,8 @@
 """RegMix (Liu et al. 2025, arXiv 2407.01492): regress the losses of short runs on their mixtures, then take the best.
 
 For SFT, and so in three points other than the paper: the proxies are short inner loops of the model itself (with its
-adapters, if any), the regression is ridge on quadratic features (there are tens of proxies, not hundreds), and the
-search draws from the distribution that the proxies were drawn from, where the regression was fitted.
+adapters, if any), the regression is ridge of log losses on quadratics of log shares (there are tens of proxies, not
+hundreds), and the search draws from the distribution that the proxies were drawn from, where the regression was fitted.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,8 @@ SEARCHED, AVERAGED = 100_000, 128
 """Draws whose losses are predicted, and how many of the best the final shares are the mean of."""
 PENALTIES = np.geomspace(1e-4, 1e3, 15)
 """Of the ridge, per proxy; leave-one-out chooses."""
+SOFTENED = 0.01
+"""Added to shares before their logarithm is taken: far below it, less of a domain makes no difference any more."""
 FOLDS = 10
 LOW_CORRELATION = 0.5
 """Spearman's correlation of predictions with held-out losses below which a search by them is a search in noise."""
@@ -151,14 +153,15 @@ def proxy_shares(start: np.ndarray, count: int, seed: int) -> np.ndarray:
 
 
 def features(shares: np.ndarray) -> np.ndarray:
-    """[N, n (n + 1) / 2] products p_i p_j, i <= j: as shares add up to 1, these span all quadratics of them."""
+    """[N, n + n (n + 1) / 2] x_j, then the products x_i x_j, i <= j, with x = log(p + SOFTENED) of shares p [N, n]."""
+    logs = np.log(shares + SOFTENED)
     first, second = np.triu_indices(shares.shape[1])
-    return shares[:, first] * shares[:, second]
+    return np.concatenate([logs, logs[:, first] * logs[:, second]], axis=1)
 
 
 @dataclass(frozen=True)
 class Ridge:
-    """loss = intercept + ((features - mean) / scale) @ coefficients."""
+    """log loss = intercept + ((features - mean) / scale) @ coefficients, so no loss is predicted below zero."""
 
     intercept: float
     mean: np.ndarray
@@ -168,11 +171,11 @@ class Ridge:
 
     def predict(self, shares: np.ndarray) -> np.ndarray:
         """[N] predicted losses at shares [N, n]."""
-        return self.intercept + (features(shares) - self.mean) / self.scale @ self.coefficients
+        return np.exp(self.intercept + (features(shares) - self.mean) / self.scale @ self.coefficients)
 
 
 def fit(shares: np.ndarray, losses: np.ndarray) -> Ridge:
-    """Ridge regression of losses [N] on the quadratic features of shares [N, n].
+    """Ridge regression of the logarithms of losses [N] on the features of shares [N, n].
 
     The penalty is the one of least leave-one-out error, which follows without refitting from the residuals e and the
     leverages h as e / (1 - h); features are standardised, the intercept is not penalised.
@@ -181,7 +184,8 @@ def fit(shares: np.ndarray, losses: np.ndarray) -> Ridge:
     mean, scale = found.mean(0), found.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     left, values, right = np.linalg.svd((found - mean) / scale, full_matrices=False)
-    centred = losses - losses.mean()
+    logs = np.log(np.maximum(losses, np.finfo(np.float64).tiny))
+    centred = logs - logs.mean()
     projected = left.T @ centred
     errors = []
     for penalty in PENALTIES * len(losses):
@@ -190,7 +194,7 @@ def fit(shares: np.ndarray, losses: np.ndarray) -> Ridge:
         errors.append((((centred - left @ (kept * projected)) / (1 - leverage)) ** 2).sum())
     penalty = PENALTIES[int(np.argmin(errors))] * len(losses)
     coefficients = right.T @ (values / (values**2 + penalty) * projected)
-    return Ridge(float(losses.mean()), mean, scale, coefficients, float(penalty))
+    return Ridge(float(logs.mean()), mean, scale, coefficients, float(penalty))
 
 
 def held_out_predictions(shares: np.ndarray, losses: np.ndarray, order: np.ndarray) -> np.ndarray:

@@ -30,12 +30,13 @@ def regmix(rounds: int = 40) -> RegMix:
 
 
 def run_of(mixer: RegMix, losses: np.ndarray | None = None) -> tuple[list[RoundResult], Step]:
-    """All proxies and the step after them; losses: [N, R], else 1 and 2 plus the squared distance to OPTIMUM."""
+    """All proxies and the step after them; losses: [N, R], else 1 and 2 times exp of sum (log(s / OPTIMUM))^2 / 10."""
     ratios = mixer.start(START * 1000 / TOKENS)
     rounds: list[RoundResult] = []
     while True:
         shares = ratios * TOKENS / (ratios @ TOKENS)
-        found = np.array([1, 2]) + ((shares - OPTIMUM) ** 2).sum() if losses is None else losses[len(rounds)]
+        away = (np.log((shares + 0.01) / (OPTIMUM + 0.01)) ** 2).sum() / 10
+        found = np.array([1, 2]) * np.exp(away) if losses is None else losses[len(rounds)]
         weights = mixer.setup.weights
         rounds.append(RoundResult(len(rounds), TOKENS / 5, ratios, shares, found, weights, None))
         step = mixer.propose(rounds)
@@ -71,7 +72,7 @@ def test_losses_without_a_pattern_are_warned_of():
 
     Below, anything goes: without a fold of high losses the mean predicted is lower, which alone ranks negatively.
     """
-    _, step = run_of(regmix(), np.random.default_rng(0).normal(3, 1, (40, 2)))
+    _, step = run_of(regmix(), np.exp(np.random.default_rng(0).normal(1, 0.3, (40, 2))))
     assert step.information["held_out_spearman_of_Q"] < 0.5
     assert len(step.warnings) == 2 and "mixing.rounds" in step.warnings[1]
 
@@ -116,20 +117,26 @@ def test_proxies_differ_and_depend_on_the_seed():
 
 
 def test_features_by_hand():
-    np.testing.assert_allclose(features(np.array([[0.5, 0.3, 0.2]])), [[0.25, 0.15, 0.1, 0.09, 0.06, 0.04]], rtol=1e-12)
+    """Shares that are 1 / 100 less than powers of e; one of zero has the logarithm of 1 / 100."""
+    shares = np.array([[np.exp(-1) - 0.01, np.exp(-2) - 0.01, 0.0]])
+    low = np.log(0.01)
+    expected = [[-1, -2, low, 1, 2, -low, 4, -2 * low, low**2]]
+    np.testing.assert_allclose(features(shares), expected, rtol=1e-12)
 
 
 def sample(noise: float, count: int = 30) -> tuple[np.ndarray, np.ndarray]:
     draws = np.random.default_rng(2)
     shares = draws.dirichlet(np.ones(3), count)
-    return shares, 2 + shares @ [1, -1, 3] + shares[:, 0] * shares[:, 1] + noise * draws.standard_normal(count)
+    logs = np.log(shares + 0.01)
+    exact = 2 + logs @ [0.1, -0.2, 0.3] + 0.1 * logs[:, 0] * logs[:, 1]
+    return shares, np.exp(exact + noise * draws.standard_normal(count))
 
 
 def test_fit_is_the_ridge_optimum():
     shares, losses = sample(0.1)
     model = fit(shares, losses)
     inputs = (features(shares) - model.mean) / model.scale
-    residuals = losses - model.predict(shares)
+    residuals = np.log(losses / model.predict(shares))
     assert abs(residuals.sum()) < 1e-10, "the intercept is free"
     np.testing.assert_allclose(inputs.T @ residuals, model.penalty * model.coefficients, atol=1e-9)
 
@@ -137,21 +144,21 @@ def test_fit_is_the_ridge_optimum():
 def test_fit_without_noise_is_exact():
     """The smallest penalty, 1e-4 per proxy, moves standardised coefficients of order 1 by little."""
     shares, losses = sample(0.0)
-    np.testing.assert_allclose(fit(shares, losses).predict(shares), losses, atol=0.02)
+    np.testing.assert_allclose(fit(shares, losses).predict(shares), losses, rtol=0.02)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.3, 3.0])
 def test_penalty_is_the_one_of_least_error_when_each_proxy_is_left_out_and_all_is_fitted_again(noise):
     shares, losses = sample(noise)
     model = fit(shares, losses)
-    inputs = np.column_stack([np.ones(30), features(shares) / model.scale])
+    inputs, logs = np.column_stack([np.ones(30), features(shares) / model.scale]), np.log(losses)
 
     def error(penalty: float) -> float:
-        penalties, total = np.diag([0, *[penalty] * 6]), 0.0
+        penalties, total = np.diag([0, *[penalty] * 9]), 0.0
         for left_out in range(30):
             rest = np.arange(30) != left_out
             a = inputs[rest].T @ inputs[rest] + penalties
-            total += (losses[left_out] - inputs[left_out] @ np.linalg.solve(a, inputs[rest].T @ losses[rest])) ** 2
+            total += (logs[left_out] - inputs[left_out] @ np.linalg.solve(a, inputs[rest].T @ logs[rest])) ** 2
         return total
 
     assert model.penalty == pytest.approx(30 * PENALTIES[np.argmin([error(30 * p) for p in PENALTIES])])
@@ -163,7 +170,7 @@ def test_held_out_predictions_do_not_see_their_fold():
     plain = held_out_predictions(shares, losses, order)
     fold = np.array_split(order, 10)[0]
     changed = losses.copy()
-    changed[fold] += 100
+    changed[fold] *= 100
     again = held_out_predictions(shares, changed, order)
     np.testing.assert_array_equal(again[fold], plain[fold])
     rest = np.setdiff1d(order, fold)
