@@ -125,14 +125,19 @@ def _settings(root: str, result: int, limits: Limits) -> dict[str, object]:
         "user": USERS + os.getpid() % 10_000,
         "folder_bytes": limits.folder,
         "seconds": limits.seconds,
-        "limits": {
-            "RLIMIT_CPU": limits.cpu_seconds,
-            "RLIMIT_AS": limits.memory,
-            "RLIMIT_FSIZE": limits.file,
-            "RLIMIT_NPROC": limits.processes,
-            "RLIMIT_NOFILE": limits.open_files,
-            "RLIMIT_CORE": 0,
-        },
+        "limits": _limits(limits),
+    }
+
+
+def _limits(limits: Limits) -> dict[str, int]:
+    """By their names in `resource`."""
+    return {
+        "RLIMIT_CPU": limits.cpu_seconds,
+        "RLIMIT_AS": limits.memory,
+        "RLIMIT_FSIZE": limits.file,
+        "RLIMIT_NPROC": limits.processes,
+        "RLIMIT_NOFILE": limits.open_files,
+        "RLIMIT_CORE": 0,
     }
 
 
@@ -161,18 +166,22 @@ def _shown() -> list[str]:
 
 def probe() -> None:
     """Runs a program of ours that tries what must not work. Raises CannotIsolate where isolation cannot be had."""
-    outcome = run_isolated(PROBE)
+    wanted = _limits(Limits())
+    outcome = run_isolated(f"LIMITS = {wanted!r}\n{PROBE}")
     if not outcome.passed:
         raise CannotIsolate(f"a probe found it open ({outcome.detail})")
 
 
+# The limits are read as well as tried: a machine may have lower ones of its own, which only happen to hold.
 PROBE = f"""\
 import os, resource, socket
 assert os.getpid() == 1 and os.getcwd() == {jail.WORK!r} and not os.listdir()
 assert not os.path.exists("/home") and not os.path.exists("/proc") and not os.path.exists("/root/.ssh")
 assert {{name for _, name in socket.if_nameindex()}} <= {{"lo"}}
+for name, value in LIMITS.items():
+    assert resource.getrlimit(getattr(resource, name)) == (value, value)
 try:
-    for _ in range(resource.getrlimit(resource.RLIMIT_NPROC)[0] + 1):
+    for _ in range(LIMITS["RLIMIT_NPROC"] + 1):
         if os.fork() == 0:
             import time
             time.sleep(60)
