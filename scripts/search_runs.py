@@ -93,6 +93,7 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
     found = [
         setting(JOINT),
         setting("ideal", rounds=loops - 1, step="fixed"),
+        setting("ideal, surrogate", "ideal_surrogate", "ideal", rounds=loops - 1, step="surrogate"),
         setting("loss", rounds=loops - 1),
         setting("random", rounds=loops - 1),
         setting("uniform"),
