@@ -148,6 +148,7 @@ class Runs:
             "output_dir": str(folder),
             "seed": seed,
             "train.disable_tqdm": "true",
+            "train.per_device_train_batch_size": 16,  # one process takes a whole step at a time: a fifth faster
             "mixing.ratios": json.dumps(dict(self.starts[start])),
             "mixing.budget": "fixed",
             "mixing.patience": NEVER,
