@@ -96,6 +96,8 @@ def run_loop(run: Run) -> None:
     """All rounds, resumed behind the last finished phase; ends with the best round's model and the report."""
     base = evaluate_base(run, scored=run.config.evaluation.generate == "rounds")
     say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
+    if base.get("score") is not None:
+        say(f"base model: score {base['score']:.4f} (of its answers to the reference sets, 0 to 1)")
     mixer, results = run.mixer, list[RoundResult]()
     last = mixer.last_round()
     step: Step | None = None

@@ -355,10 +355,10 @@ def test_benchmarks_over_seeds():
 
 def test_benchmarks_in_tables():
     content = with_benchmarks()
-    table = tables.benchmarks_table(content)
+    table = tables.scores_table(content, "benchmarks")
     assert table.header == ["score", "average", "gsm8k", "bbh"]
     assert dict(zip([row[0] for row in table.rows], table.rows, strict=True))["m"][2] == "0.5000 ± 0.0000 (best)"
-    changes = tables.benchmark_changes_table(content)
+    changes = tables.score_changes_table(content, "benchmarks")
     assert changes.rows == [["m", "+0.2000 ± -", "+0.2500 ± 0.0500", "+0.1000 ± -"]]
     lines = {line["row"]: line for line in csv.DictReader(io.StringIO(tables.as_csv(content)))}
     assert float(lines["m"]["score gsm8k"]) == 0.5 and float(lines["m"]["score gsm8k change"]) == 0.25
