@@ -254,9 +254,13 @@ class Encoder:
         return sorted({int(token) for token in ids if token is not None})
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """The tokens that stand before the last answer. Raises DroppedRow."""
-        text, spans = self.spans(messages)
-        return list(self._tokens(text[: spans[-1][0]])["input_ids"])
+        """The tokens that stand before the last answer in training. Raises DroppedRow.
+
+        Cut by tokens: where a template ends a prompt with a space, the answer's first token holds that space.
+        """
+        found = self.last_answer(messages)
+        start = next(place for place, label in enumerate(found["labels"]) if label != MASKED)
+        return found["input_ids"][:start]
 
     def last_answer(self, messages: list[Message]) -> dict[str, list[int]]:
         """`input_ids` and `labels`, in which the last answer alone is not masked. Raises DroppedRow."""
