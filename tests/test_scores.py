@@ -51,7 +51,8 @@ def test_evaluations_hold_scores(scored):
     best = read(scored / "state.json")["best_round"]
     found = [e["score"] for e in evaluations(scored)[1:]]
     assert best == found.index(max(found))
-    assert "the score on the reference sets" in final_summary(load_run(scored))
+    summary_text = final_summary(load_run(scored))
+    assert "core on the reference sets" in summary_text and "lowest Q" not in summary_text
     events = [json.loads(line) for line in (scored / "metrics.jsonl").read_text().splitlines()]
     of_scores = [event for event in events if event["phase"] == "scores"]
     assert [event["round"] for event in of_scores] == [None, 0, 1] and of_scores[0]["values"]["seconds"] > 0
