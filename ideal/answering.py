@@ -52,6 +52,8 @@ def greedy_answers(
 
     An answer also ends where the model's context is full. The checkpoint's own settings for generation are not used.
     """
+    if not prompts:
+        return {}
     lengths = np.array([len(prompt) for prompt in prompts])
     room = room_for_answers(model, lengths, most)
     # Nothing follows a prompt that fills the context.
@@ -133,10 +135,12 @@ def mean_log_probabilities(
     description: str,
 ) -> dict[int, float]:
     """The mean log-probability (nats) of each example's tokens that are not masked."""
+    if not examples:
+        return {}
     device = next(model.parameters()).device
     lengths = np.array([len(example["input_ids"]) for example in examples])
     found: dict[int, float] = {}
-    batches = batches_of_rank(lengths, batch_size) if len(examples) else []
+    batches = batches_of_rank(lengths, batch_size)
     with evaluating(model), progress(len(batches), description) as bar:
         for rows, counts in batches:
             batch = collate([dict(examples[row]) for row in rows], pad_id)
