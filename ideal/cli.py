@@ -20,7 +20,17 @@ from ideal.loop import Run, estimate_influence, evaluate_base, first_mixture, in
 from ideal.machine import PlanConfig, machine_of
 from ideal.mixture import Mixture
 from ideal.plan import long_text, make_plan
-from ideal.preparation import check_folder, data_row, data_sizes, header, load_run_data, what_it_takes, with_demo
+from ideal.preparation import (
+    check_folder,
+    check_isolation,
+    data_row,
+    data_sizes,
+    header,
+    load_run_data,
+    what_it_takes,
+    what_scores_take,
+    with_demo,
+)
 from ideal.report import export_mixture, final_summary, load_run, render_report
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
@@ -81,7 +91,11 @@ def execute(command: Command) -> None:
         for name in folder.missing():
             say(f"warning: {name} is not there any more")
         return None
+    if command.stage == "run":
+        together(lambda: check_isolation(config))
     run = prepare(config, folder, arguments)
+    if command.stage == "run" and (text := what_scores_take(config, run.data)):
+        say(f"{text}\n")
     # Only now: a command that is refused neither deletes a run nor leaves a folder that would refuse the mended one.
     together(lambda: folder.lock() if is_main() else None)
     if command.restart and is_main():

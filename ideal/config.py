@@ -19,13 +19,14 @@ from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 from ideal.compare.config import CompareConfig
 from ideal.data import DataConfig
-from ideal.data.loading import resolve_domains
+from ideal.data.loading import resolve_capabilities, resolve_domains
 from ideal.errors import UserError
 from ideal.evaluation import EvaluationConfig
 from ideal.influence import InfluenceConfig
 from ideal.machine import PlanConfig
 from ideal.mixers import MIXERS, MixingConfig
 from ideal.model import ModelConfig
+from ideal.scoring.scorers import SCORERS
 from ideal.settings import STRICT
 from ideal.training import TRAINER_KEYS, TrainConfig
 
@@ -187,6 +188,30 @@ def _check_across_groups(config: Config) -> None:
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"
         raise UserError(f"{missing}: not given; give both it and the other (or neither, for the embedded demo)")
+    if config.evaluation.choose_by == "score" and config.evaluation.generate != "rounds":
+        raise UserError("evaluation.choose_by: score needs those of every round; set evaluation.generate to rounds")
+    if config.evaluation.generate != "never" and not config.is_demo:
+        check_scorers(config)
+
+
+def check_scorers(config: Config) -> None:
+    """Raises UserError where what is to be scored has no scorer, or one that may not run."""
+    domains = resolve_domains(config.data)
+    capabilities = resolve_capabilities(config.data, domains)
+    keys = {name: f"data.{'domains' if name in domains else 'capabilities'}.{name}.scorer" for name in capabilities}
+    if not any(given.scorer for given in capabilities.values()):
+        raise UserError(f"evaluation.generate: no capability has a scorer; give one, as {next(iter(keys.values()))}")
+    for name, given in capabilities.items():
+        if given.scorer and SCORERS[given.scorer].needs_code and not config.evaluation.run_code:
+            raise UserError(
+                f"{keys[name]}: {given.scorer} runs code that the model has written, isolated from all else; set "
+                "evaluation.run_code to true to allow it, or leave the scorer out"
+            )
+        if config.evaluation.choose_by == "score" and given.weight and not given.scorer:
+            raise UserError(
+                f"{keys[name]}: is missing, and evaluation.choose_by: score needs one for every capability with a "
+                "weight; give one, or set the capability's weight to 0"
+            )
 
 
 def _check_method(key: str, method: str) -> None:

@@ -5,7 +5,7 @@ Outside the Trainer on purpose: its evaluate() averages batch means, and called 
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -19,12 +19,25 @@ from ideal.settings import STRICT
 
 @dataclass
 class EvaluationConfig:
-    """`evaluation.*`: how reference and test losses are taken."""
+    """`evaluation.*`: how reference and test losses are taken, and scores."""
 
     __pydantic_config__ = STRICT
 
     batch_size: Annotated[int, Field(ge=1)] = 8
     """sequences per forward pass and process"""
+    generate: Literal["never", "end", "rounds"] = "never"
+    """when the model answers the prompts of capabilities that have a scorer (data.domains.NAME.scorer,
+    data.capabilities.NAME.scorer) and is scored; end: the base model and the result, when the run is through; rounds:
+    the base model and every round whose model may be the result"""
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    """an answer's length at most, in tokens; it also ends where the model's context is full"""
+    score_examples: Annotated[int, Field(ge=1)] | None = None
+    """answer at most so many rows of each reference and test set, drawn by the seed; none: all"""
+    run_code: bool = False
+    """run code that the model has written, isolated (Linux): what scorer unit_tests needs"""
+    choose_by: Literal["loss", "score"] = "loss"
+    """which round is the best one, and what mixing.patience waits for: the lowest Q, or the highest weighted score on
+    the reference sets (with generate: rounds); the steps follow the reference losses either way"""
 
 
 @torch.no_grad()

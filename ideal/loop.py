@@ -29,11 +29,22 @@ from ideal.model import DTYPES, load_model, merge_adapters, shard
 from ideal.online import Steering
 from ideal.report import export_mixture, final_summary, load_run, render_report, round_table
 from ideal.report.tables import duration
-from ideal.run_folder import RoundFolder, RunFolder, read_json, remove, write_atomically, write_json
+from ideal.run_folder import (
+    RoundFolder,
+    RunFolder,
+    read_json,
+    remove,
+    write_atomically,
+    write_json,
+    write_json_lines,
+)
+from ideal.scores import Json, questions, score, summary
 from ideal.training import RoundPlan, train
 
 MANY_EPOCHS = 4
 """Passes over the same example beyond which repeats are worth little (Muennighoff et al. 2023)."""
+SCORES = "reference_score"
+"""What an evaluation.json with scores holds."""
 MEMORISED = 0.5
 """Training loss / reference loss below which training gradients say little about the reference loss."""
 
@@ -83,8 +94,10 @@ class Run:
 
 def run_loop(run: Run) -> None:
     """All rounds, resumed behind the last finished phase; ends with the best round's model and the report."""
-    base = evaluate_base(run)
+    base = evaluate_base(run, scored=run.config.evaluation.generate == "rounds")
     say(f"base model: Q {base['Q']:.4f} (mean reference loss, nats per trained token)")
+    if base.get("score") is not None:
+        say(f"base model: score {base['score']:.4f} (of its answers to the reference sets, 0 to 1)")
     mixer, results = run.mixer, list[RoundResult]()
     last = mixer.last_round()
     step: Step | None = None
@@ -115,14 +128,58 @@ def end_in_words(mixer: Mixer, last: int) -> str:
     return f"outer steps taken: {last} of {last}" if mixer.successive else f"{mixer.config.method} is through"
 
 
-def evaluate_base(run: Run) -> dict[str, Any]:
-    """The base model's losses, before any training."""
-    path = run.folder.base_evaluation
-    if not exists(path):
-        with loaded_model(run, None) as model:
-            write_json(path, evaluate_model(run, model, "base model", None))
+def evaluate_base(run: Run, scored: bool = False) -> Json:
+    """The base model's losses, before any training, and its scores."""
+    return evaluated(run, None, scored)
+
+
+def evaluated(run: Run, here: RoundFolder | None, scored: bool) -> Json:
+    """The content of a round's evaluation.json (None: the base model's), made where it is not there, or lacks scores.
+
+    Written when everything is known, so that it is never half an evaluation.
+    """
+    path = run.folder.base_evaluation if here is None else here.evaluation
+    if not is_evaluated(path, scored):
+        description, number = ("base model", None) if here is None else (f"round {here.number}", here.number)
+        with loaded_model(run, here) as model:
+            content = read_json(path) if exists(path) else evaluate_model(run, model, description, number)
+            if here is not None:
+                check_losses(run, here, content)
+            if scored:
+                content |= score_model(run, model, description, here)
+        write_json(path, content)
         barrier()
     return dict(read_json(path))
+
+
+def is_evaluated(path: Path, scored: bool) -> bool:
+    """Whether an evaluation.json is there, on all ranks alike, with scores if they are wanted."""
+    return exists(path) and (not scored or SCORES in read_json(path))
+
+
+def score_model(run: Run, model: torch.nn.Module, description: str, here: RoundFolder | None) -> Json:
+    """What evaluation.json says of the model's answers, which go to answers.jsonl beside it."""
+    config, started = run.config.evaluation, time.monotonic()
+    lines = score(
+        model,
+        questions(run.data.scored, config.score_examples, run.config.seed),
+        config,
+        tokenizer=run.tokenizer,
+        end_ids=run.data.end_ids,
+        description=description,
+    )
+    write_json_lines(run.folder.base_answers if here is None else here.answers, lines)
+    content = summary(lines, run.data.weights)
+    values = {"seconds": time.monotonic() - started, **{key: content[key] for key in ("score", "score_test")}}
+    for kind in ("reference", "test"):
+        values |= {f"{kind} score {name}": found for name, found in content[f"{kind}_score"].items()}
+    run.folder.log("scores", values, round=None if here is None else here.number)
+    return content
+
+
+def wants_scores(run: Run, number: int) -> bool:
+    """Whether round `number`'s model is scored as soon as it is trained."""
+    return run.config.evaluation.generate == "rounds" and run.mixer.is_result(number)
 
 
 def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], step: Step | None) -> Mixture:
@@ -180,7 +237,8 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
 
 def train_round(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
     """The inner loop after `results`, unless its model or everything that follows from it is there."""
-    needs_model = not exists(here.evaluation) or (needs_influence(run, here) and find_model(run, here) is None)
+    done = is_evaluated(here.evaluation, wants_scores(run, here.number))
+    needs_model = not done or (needs_influence(run, here) and find_model(run, here) is None)
     if needs_model and not exists(here.model):
         train_model(run, here, mixture, results)
 
@@ -270,15 +328,9 @@ def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:
     return drawn
 
 
-def evaluate_round(run: Run, here: RoundFolder) -> dict[str, Any]:
-    """The trained model's losses."""
-    if not exists(here.evaluation):
-        with loaded_model(run, here) as model:
-            evaluation = evaluate_model(run, model, f"round {here.number}", here.number)
-        check_losses(run, here, evaluation)
-        write_json(here.evaluation, evaluation)
-        barrier()
-    evaluation = dict(read_json(here.evaluation))
+def evaluate_round(run: Run, here: RoundFolder) -> Json:
+    """The trained model's losses and scores."""
+    evaluation = evaluated(run, here, wants_scores(run, here.number))
     if here.training.is_file() and run.mixer.needs_influence:
         warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
@@ -313,7 +365,7 @@ def warn_if_memorised(run: Run, here: RoundFolder, reference: dict[str, float]) 
 
 
 def evaluate_model(run: Run, model: torch.nn.Module, description: str, number: int | None) -> dict[str, Any]:
-    """The content of evaluation.json, of round `number` (None: the base model)."""
+    """The losses in evaluation.json, of round `number` (None: the base model)."""
     losses = {}
     for kind, sets in (("reference", run.data.references), ("test", run.data.tests)):
         started = time.monotonic()
@@ -444,28 +496,41 @@ def stop_reason(run: Run, number: int) -> str | None:
     """Why the run should end after round `number`, None if it should not."""
     if not run.mixer.successive:
         return None
-    losses = [read_json(run.folder.round(r).evaluation)["Q"] for r in range(number + 1)]
-    best = earliest_best(dict(enumerate(losses)), run.mixer.tie)
+    found = {r: measure(run, read_json(run.folder.round(r).evaluation)) for r in range(number + 1)}
+    best = earliest_best(found, tie(run))
     assert best is not None
     if number - best < run.config.mixing.patience:
         return None
-    return f"Q of round {number} ({losses[number]:.4f}) is not below round {best}'s ({losses[best]:.4f})"
+    this, other = f"{abs(found[number]):.4f}", f"{abs(found[best]):.4f}"
+    if run.config.evaluation.choose_by == "score":
+        return f"the score of round {number} ({this}) is not above round {best}'s ({other})"
+    return f"Q of round {number} ({this}) is not below round {best}'s ({other})"
+
+
+def measure(run: Run, evaluation: Json) -> float:
+    """What rounds are compared by, lower is better: Q, or the weighted score on the reference sets, negated."""
+    return -evaluation["score"] if run.config.evaluation.choose_by == "score" else evaluation["Q"]
+
+
+def tie(run: Run) -> float:
+    """The relative difference of Q within which the earlier round counts as the better one; of scores, none."""
+    return 0.0 if run.config.evaluation.choose_by == "score" else run.mixer.tie
 
 
 def best_round(run: Run) -> int | None:
-    """The evaluated round of lowest Q on the reference sets, the earliest of those that are as good, among those whose
-    model may be the result; None before there is one."""
-    mixer, losses = run.mixer, dict[int, float]()
+    """The evaluated round of lowest Q (or highest score: evaluation.choose_by) on the reference sets, the earliest of
+    those that are as good, among those whose model may be the result; None before there is one."""
+    mixer, found = run.mixer, dict[int, float]()
     for number in range(mixer.last_round() + 1):
         evaluation = run.folder.round(number).evaluation
         if mixer.is_result(number) and evaluation.is_file():
-            losses[number] = read_json(evaluation)["Q"]
-    return earliest_best(losses, mixer.tie)
+            found[number] = measure(run, read_json(evaluation))
+    return earliest_best(found, tie(run))
 
 
-def earliest_best(losses: dict[int, float], tie: float) -> int | None:
-    """The first round whose loss is within `tie` (relative) of the lowest; None where there is none."""
-    return next((number for number, loss in losses.items() if loss <= min(losses.values()) * (1 + tie)), None)
+def earliest_best(found: dict[int, float], tie: float) -> int | None:
+    """The first round whose measure is within `tie` (relative) of the lowest; None where there is none."""
+    return next((number for number, value in found.items() if value <= min(found.values()) * (1 + tie)), None)
 
 
 def needs_influence(run: Run, here: RoundFolder) -> bool:
@@ -519,6 +584,9 @@ def finish_run(run: Run, reason: str) -> None:
     best = best_round(run)
     assert best is not None, "a method's last round is a result"
     here = run.folder.round(best)
+    if run.config.evaluation.generate == "end":
+        evaluate_base(run, scored=True)
+        evaluated(run, here, scored=True)
     source = find_model(run, here)
     if is_main():
         place_model(run, source)

@@ -13,9 +13,11 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ideal import demo
-from ideal.config import Command, Config, dump, flat
+from ideal.config import Command, Config, check_scorers, dump, flat
 from ideal.data import CapabilityConfig, Data, load_data
+from ideal.data.config import DomainConfig
 from ideal.data.inspection import SetReport
+from ideal.data.loading import resolve_capabilities, resolve_domains
 from ideal.distributed import is_main, together, world_size
 from ideal.errors import UserError
 from ideal.loop import Run, first_mixture, given_mixture
@@ -25,6 +27,9 @@ from ideal.model import checkpoint_config, load_tokenizer
 from ideal.online import Steering
 from ideal.plan import CannotPlan, DataSizes, make_plan, short_text
 from ideal.run_folder import RunFolder
+from ideal.scores import cannot_isolate, questions
+from ideal.scoring.sandbox import CannotIsolate, probe
+from ideal.scoring.scorers import SCORERS
 from ideal.training import RoundPlan, steered_rows
 
 
@@ -50,14 +55,48 @@ def with_demo(config: Config) -> Config:
         return config
     parts = demo.prepare(Path("runs") / "demo_data")
     capabilities = {
-        path.name: CapabilityConfig(reference=str(path / "reference.jsonl"), test=str(path / "test.jsonl"))
+        path.name: CapabilityConfig(
+            reference=str(path / "reference.jsonl"), test=str(path / "test.jsonl"), scorer=demo.SCORERS[path.name]
+        )
         for path in sorted(parts.capabilities.iterdir())
     }
     capabilities |= config.data.capabilities
-    return replace(
+    domains: dict[str, str | DomainConfig] = {
+        name: replace(domain, scorer=demo.SCORERS[name])
+        for name, domain in resolve_domains(replace(config.data, domains=str(parts.domains))).items()
+    }
+    whole = replace(
         config,
         model=replace(config.model, name_or_path=str(parts.base_model)),
-        data=replace(config.data, domains=str(parts.domains), capabilities=capabilities),
+        data=replace(config.data, domains=domains, capabilities=capabilities),
+    )
+    if config.evaluation.generate != "never":
+        check_scorers(whole)
+    return whole
+
+
+def check_isolation(config: Config) -> None:
+    """Raises UserError where a scorer runs code, and this machine cannot isolate it."""
+    capabilities = resolve_capabilities(config.data, resolve_domains(config.data)).values()
+    used = [SCORERS[given.scorer] for given in capabilities if given.scorer]
+    if config.evaluation.generate == "never" or not any(scorer.needs_code for scorer in used):
+        return
+    try:
+        probe()
+    except CannotIsolate as error:
+        raise cannot_isolate(error) from None
+
+
+def what_scores_take(config: Config, data: Data) -> str:
+    """How many answers there will be; empty without any."""
+    if config.evaluation.generate == "never":
+        return ""
+    asked = questions(data.scored, config.evaluation.score_examples, config.seed)
+    sets = len({question.capability for question in asked})
+    models = {"end": "the base model and the result", "rounds": "the base model and every round's"}
+    return (
+        f"scores: {models[config.evaluation.generate]}, each on {len(asked):,} rows of {sets} capabilities, with "
+        f"answers of at most {config.evaluation.max_new_tokens} tokens"
     )
 
 
@@ -110,9 +149,13 @@ def what_it_takes(config: Config, sizes: DataSizes) -> str:
 
 
 def data_row(report: SetReport) -> dict[str, Any]:
-    """One set's line of data.json, flat."""
+    """One set's line of data.json, flat; what it is scored by only where it is."""
     row = {key: value for key, value in asdict(report).items() if isinstance(value, str | int)}
     row["dropped"] = "; ".join(f"{d.count} {d.reason}" for d in report.dropped)
+    if report.scorer:
+        row["cannot_be_scored"] = "; ".join(f"{d.count} {d.reason}" for d in report.unscorable)
+    else:
+        del row["scorer"]
     copies = {**report.copies_across, **report.copies_measured}
     row["copies_elsewhere"] = "; ".join(f"{count} in {label}" for label, count in copies.items() if count)
     return {**row, "set": report.label}

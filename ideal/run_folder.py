@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,6 +77,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Writes a JSON value per line, atomically, on rank 0 alone."""
+    write_text(path, "".join(json.dumps(value, ensure_ascii=False) + "\n" for value in values))
+
+
 def read_json(path: Path) -> Any:
     """The content of a JSON file; raises UserError where it holds none."""
     try:
@@ -107,6 +112,11 @@ class RoundFolder:
     def evaluation(self) -> Path:
         """evaluation.json"""
         return self.path / "evaluation.json"
+
+    @property
+    def answers(self) -> Path:
+        """answers.jsonl: what the model answered, where evaluation.generate asked for it."""
+        return self.path / "answers.jsonl"
 
     @property
     def influence(self) -> Path:
@@ -164,6 +174,7 @@ class RunFolder:
         self.mixture = path / "mixture.json"
         self.model = path / "model"
         self.base_evaluation = path / "base" / "evaluation.json"
+        self.base_answers = path / "base" / "answers.jsonl"
         self.metrics = path / "metrics.jsonl"
         self._lock: IO[str] | None = None
 

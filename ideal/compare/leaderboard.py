@@ -25,7 +25,7 @@ ERRORS = 2.0
 
 @dataclass(frozen=True)
 class RunNumbers:
-    """What one run of a comparison came to; its result is the round of lowest Q on the reference sets.
+    """What one run of a comparison came to; its result is the round that it kept.
 
     reference_loss, test_loss: by capability, per trained token, of the result. Q, Q_test: their weighted means.
     ratios, shares: by domain, of the result's mixture. tokens: its trained tokens, of one pass.
@@ -33,6 +33,7 @@ class RunNumbers:
     Seconds: of all inner loops, in them a controller's measurements; of taking reference losses between them, the
     base model's included; of all outer steps. None where the run's files do not tell.
     benchmarks: of the result, as scripts/evaluate.sh left them, by task (ideal/benchmarks/scores.py).
+    reference_score, test_score: of the result, by capability that has a scorer; empty where it was not scored.
     """
 
     row: str
@@ -51,6 +52,8 @@ class RunNumbers:
     evaluation_seconds: float | None
     influence_seconds: float | None
     benchmarks: dict[str, Json] = field(default_factory=dict)
+    reference_score: dict[str, float] = field(default_factory=dict)
+    test_score: dict[str, float] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float | None:
@@ -83,6 +86,8 @@ def numbers_of(run: RunFiles, row: str, seed: int) -> RunNumbers:
         evaluation_seconds=evaluation_seconds(run),
         influence_seconds=total([total(list(map(number, found.values()))) for found in steps]),
         benchmarks=run.benchmarks,
+        reference_score=evaluation.get("reference_score", {}),
+        test_score=evaluation.get("test_score", {}),
     )
 
 
@@ -98,8 +103,10 @@ def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
     def mean(value: Callable[[RoundFiles], float]) -> float:
         return float(np.mean([value(this) for this in tries]))
 
-    def losses(kind: str) -> dict[str, float]:
+    def measured(kind: str) -> dict[str, float]:
         names = getattr(best, kind)
+        if any(kind not in this.evaluation for this in tries):
+            return {}
         return {name: mean(lambda this, name=name: this.evaluation[kind][name]) for name in names}  # type: ignore[misc]
 
     def domains(key: str) -> dict[str, float]:
@@ -111,8 +118,8 @@ def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
     return replace(
         best,
         row=f"{MEAN}{best.row}",
-        reference_loss=losses("reference_loss"),
-        test_loss=losses("test_loss"),
+        reference_loss=measured("reference_loss"),
+        test_loss=measured("test_loss"),
         Q=mean(lambda this: this.evaluation["Q"]),
         Q_test=None if best.Q_test is None else mean(lambda this: this.evaluation["Q_test"]),
         ratios=domains("ratio"),
@@ -125,6 +132,8 @@ def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
         evaluation_seconds=part(best.evaluation_seconds),
         influence_seconds=part(best.influence_seconds),
         benchmarks={},
+        reference_score=measured("reference_score"),
+        test_score=measured("test_score"),
     )
 
 
@@ -277,6 +286,7 @@ def leaderboard(
         "marks": {column: {"best": best, "worst": worst} for column, (best, worst) in marks.items()},
         "rows": rows,
         "benchmarks": benchmarks_of(by_row, [entry["row"] for entry in rows]),
+        "scores": scores_of(by_row, [entry["row"] for entry in rows]),
         "runs": [asdict(run) for run in runs],
     }
 
@@ -304,7 +314,32 @@ def benchmarks_of(by_row: Mapping[str, Mapping[int, RunNumbers]], order: Sequenc
     runs = [run for found in by_row.values() for run in found.values()]
     tasks, left_out = comparable([run.benchmarks for run in runs])
     upward = [task for task in tasks if all(is_upward(run, task) for run in runs)]
-    columns = score_columns(by_row, tasks, upward)
+    found = {
+        row: {seed: {task: each["score"] for task, each in run.benchmarks.items()} for seed, run in runs.items()}
+        for row, runs in by_row.items()
+    }
+    return {"left_out": left_out, **compared_scores(score_columns(found, tasks, upward), upward, order)}
+
+
+def scores_of(by_row: Mapping[str, Mapping[int, RunNumbers]], order: Sequence[str]) -> Json:
+    """The capabilities' scores: means over seeds and paired changes against joint, for the rows in `order`.
+
+    On the test sets where every capability that is scored has one, else on the reference sets.
+    """
+    runs = [run for found in by_row.values() for run in found.values()]
+    kind = "test" if all(run.test_score.keys() == run.reference_score.keys() for run in runs) else "reference"
+    found = {row: {seed: getattr(run, f"{kind}_score") for seed, run in runs.items()} for row, runs in by_row.items()}
+    names = list(dict.fromkeys(name for run in runs for name in run.reference_score))
+    return {"kind": kind, **compared_scores(score_columns(found, names, names), names, order)}
+
+
+def compared_scores(
+    columns: Mapping[str, Mapping[str, Mapping[int, float]]], upward: Sequence[str], order: Sequence[str]
+) -> Json:
+    """Means over seeds and paired changes against joint by row and column, and each column's best row.
+
+    columns: by column, by row, by seed. upward: the columns of which more is better, besides the average.
+    """
     rows = {
         row: {
             column: {
@@ -318,24 +353,24 @@ def benchmarks_of(by_row: Mapping[str, Mapping[int, RunNumbers]], order: Sequenc
     }
     lowest_and_highest = {column: marked(found) for column, found in columns.items()}
     best = {column: pair[column in ("average", *upward)] for column, pair in lowest_and_highest.items()}
-    return {"left_out": left_out, "best": best, "rows": rows}
+    return {"best": best, "rows": rows}
 
 
 def score_columns(
-    by_row: Mapping[str, Mapping[int, RunNumbers]], tasks: Sequence[str], upward: Sequence[str]
+    by_row: Mapping[str, Mapping[int, Mapping[str, float]]], tasks: Sequence[str], upward: Sequence[str]
 ) -> dict[str, dict[str, dict[int, float]]]:
     """By column, by row, by seed: the mean of all tasks in `upward` (for seeds that have them all), and each task.
 
-    No average of a single task. Rows without a score are not there.
+    by_row: scores by row, seed and task. No average of a single task. Rows without a score are not there.
     """
     columns: dict[str, dict[str, dict[int, float]]] = {}
     for column, wanted in [("average", upward)] * (len(upward) > 1) + [(task, [task]) for task in tasks]:
         columns[column] = {}
         for row, found in by_row.items():
             scores = {
-                seed: float(np.mean([run.benchmarks[task]["score"] for task in wanted]))
-                for seed, run in found.items()
-                if set(wanted) <= run.benchmarks.keys()
+                seed: float(np.mean([own[task] for task in wanted]))
+                for seed, own in found.items()
+                if set(wanted) <= own.keys()
             }
             columns[column] |= {row: scores} if scores else {}
     return columns

@@ -21,7 +21,16 @@ from ideal.errors import UserError
 from ideal.loop import exists, run_loop
 from ideal.mixers import MIXERS
 from ideal.model import checkpoint_config, load_tokenizer
-from ideal.preparation import check_folder, checked_run, data_row, data_sizes, header, what_it_takes, with_demo
+from ideal.preparation import (
+    check_folder,
+    check_isolation,
+    checked_run,
+    data_row,
+    data_sizes,
+    header,
+    what_it_takes,
+    with_demo,
+)
 from ideal.report import load_run
 from ideal.run_folder import RunFolder, remove
 from ideal.training import training_arguments
@@ -118,7 +127,9 @@ def allowed_methods(comparison: Comparison) -> dict[str, float]:
     """
     asked = comparison.command.compare.methods
     seed = comparison.seeds[0]
-    tokenizer, data = comparison.data(with_demo(comparison.config(JOINT, JOINT, seed)))
+    first = with_demo(comparison.config(JOINT, JOINT, seed))
+    together(lambda: check_isolation(first))
+    tokenizer, data = comparison.data(first)
     say(report_table(data.reports, data.notes) + "\n")
     loops = {}
     for method in dict.fromkeys([JOINT, *(asked or MIXERS)]):

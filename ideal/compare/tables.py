@@ -59,9 +59,12 @@ def changes_table(content: Json) -> Table:
     return Table("", ["loss - joint's", *names], rows)
 
 
-def benchmarks_table(content: Json) -> Table:
-    """One row per method that has scores: the average of all tasks, where there are several, and every task."""
-    best, scores = content["benchmarks"]["best"], content["benchmarks"]["rows"]
+def scores_table(content: Json, part: str) -> Table:
+    """One row per method that has scores: the average of all, where there are several, and every one.
+
+    part: "benchmarks" (of public benchmarks) or "scores" (of the capabilities).
+    """
+    best, scores = _scores(content, part)
     rows = []
     for row in content["rows"]:
         found = scores.get(row["row"], {})
@@ -73,15 +76,33 @@ def benchmarks_table(content: Json) -> Table:
     return Table("", ["score", *best], rows)
 
 
-def benchmark_changes_table(content: Json) -> Table:
-    """One row per method but joint that has scores: their paired change against joint."""
-    best, scores = content["benchmarks"]["best"], content["benchmarks"]["rows"]
+def score_changes_table(content: Json, part: str) -> Table:
+    """One row per method but joint that has scores of this part: their paired change against joint."""
+    best, scores = _scores(content, part)
     rows = [
         [label_of(row), *(change(each["change"], each["change_error"]) for each in scores[row["row"]].values())]
         for row in content["rows"]
         if row["row"] != JOINT and row["row"] in scores
     ]
     return Table("", ["score - joint's", *best], rows)
+
+
+def _scores(content: Json, part: str) -> tuple[Json, Json]:
+    """The best rows by column, and all rows; both empty in a file that was written before there were any."""
+    found = content.get(part, {})
+    return found.get("best", {}), found.get("rows", {})
+
+
+def scores_in_words(content: Json) -> list[str]:
+    """What the capabilities' scores are, in sentences; none where there are none."""
+    if not _scores(content, "scores")[1]:
+        return []
+    kind = content["scores"]["kind"]
+    return [
+        f"Scores of the results' answers on the {kind} sets, from 0 to 1, higher is better; mean over seeds ±"
+        " its standard error. average: of all capabilities that have a scorer."
+        f" (best) is marked where the paired difference to the next row exceeds {ERRORS:g} standard errors.",
+    ]
 
 
 def benchmarks_in_words(content: Json) -> list[str]:
@@ -177,7 +198,7 @@ def explained(content: Json) -> list[str]:
 COSTS = (
     "training runs: trained tokens of all inner loops (proxies and probes too) / joint's, plus the seconds of outer "
     "steps, of taking reference losses and of a method's own measurements / the seconds of joint's inner loop. joint "
-    "is above 1 by its evaluations. Test losses, reports, loading and saving between phases are not counted."
+    "is above 1 by its evaluations. Test losses, scores, reports, loading and saving between phases are not counted."
 )
 
 
@@ -187,9 +208,11 @@ def markdown(content: Json) -> str:
     if content["rows"]:
         parts += [as_markdown(losses_table(content)), *explained(content), *controls_in_words(content)]
         parts += ["## Change against joint by capability", as_markdown(changes_table(content))]
-        if words := benchmarks_in_words(content):
-            parts += ["## Benchmarks", as_markdown(benchmarks_table(content)), *words]
-            parts += [as_markdown(benchmark_changes_table(content))]
+        sections = {"scores": scores_in_words(content), "benchmarks": benchmarks_in_words(content)}
+        for part, words in sections.items():
+            if words:
+                parts += [f"## {part.capitalize()}", as_markdown(scores_table(content, part)), *words]
+                parts += [as_markdown(score_changes_table(content, part))]
         parts += ["## Cost", as_markdown(cost_table(content)), COSTS]
         parts += ["## Mixtures of the results", as_markdown(mixture_table(content, "ratios"))]
         parts += [as_markdown(mixture_table(content, "shares"))]
@@ -213,12 +236,13 @@ def as_csv(content: Json) -> str:
             name = column.replace(CAPABILITY, "loss ")
             line |= {f"{name}": found["mean"], f"{name} error": found["error"]}
             line |= {f"{name} change": found["change"], f"{name} change error": found["change_error"]}
-        scores = content["benchmarks"]["rows"].get(row["row"], {})
-        for column in content["benchmarks"]["best"]:
-            score = scores.get(column, {})
-            line |= {f"score {column}": score.get("mean"), f"score {column} error": score.get("error")}
-            line |= {f"score {column} change": score.get("change")}
-            line |= {f"score {column} change error": score.get("change_error")}
+        for part, title in (("scores", "capability score"), ("benchmarks", "score")):
+            best, rows = _scores(content, part)
+            for column in best:
+                score = rows.get(row["row"], {}).get(column, {})
+                name = f"{title} {column}"
+                line |= {name: score.get("mean"), f"{name} error": score.get("error")}
+                line |= {f"{name} change": score.get("change"), f"{name} change error": score.get("change_error")}
         for key in ("equivalents", "seconds", "inner_loops", "volume"):
             line |= named_spread(key, row[key])
         for key in ("ratios", "shares"):

@@ -12,9 +12,7 @@ from ideal.compare.leaderboard import RunNumbers, leaderboard
 from ideal.compare.tables import (
     COSTS,
     as_csv,
-    benchmark_changes_table,
     benchmarks_in_words,
-    benchmarks_table,
     changes_table,
     controls_in_words,
     cost_table,
@@ -22,6 +20,9 @@ from ideal.compare.tables import (
     losses_table,
     markdown,
     mixture_table,
+    score_changes_table,
+    scores_in_words,
+    scores_table,
     state_in_words,
     summary_table,
 )
@@ -58,9 +59,16 @@ def page(content: Json, figures: Mapping[str, bytes]) -> str:
         explained=explained(content),
         controls=controls_in_words(content),
         changes=changes_table(content),
-        benchmarks=benchmarks_table(content),
-        benchmark_words=benchmarks_in_words(content),
-        benchmark_changes=benchmark_changes_table(content),
+        sections=[
+            {
+                "title": part.capitalize(),
+                "scores": scores_table(content, part),
+                "words": words,
+                "changes": score_changes_table(content, part),
+            }
+            for part, words in (("scores", scores_in_words(content)), ("benchmarks", benchmarks_in_words(content)))
+            if words
+        ],
         cost=cost_table(content),
         costs=COSTS,
         ratios=mixture_table(content, "ratios"),
@@ -92,9 +100,12 @@ def console_tables(folder: Path) -> str:
     """The leaderboard in short, as text, and where its files are."""
     content = read_json(folder / JSON_FILE)
     table = summary_table(content)
+    scores = scores_table(content, "scores")
     words = [*state_in_words(content), *explained(content), COSTS, *controls_in_words(content)]
+    words += scores_in_words(content)
     lines = [textwrap.fill(sentence, WIDTH) for sentence in words]
     names = sorted(path.name for path in folder.glob("leaderboard.*"))
     place = f"In {folder}: {', '.join(names)}, figures, and a folder per method"
-    return "\n\n".join([as_text(table)] * bool(table) + ["\n".join(lines), place])
+    tables = [as_text(found) for found in (table, scores) if found]
+    return "\n\n".join([*tables, "\n".join(lines), place])
 

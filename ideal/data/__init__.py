@@ -3,6 +3,7 @@
 from ideal.data.config import CapabilityConfig, DataConfig, DomainConfig, SourceConfig
 from ideal.data.encoding import ExampleSet, collate, ensure_chat_template
 from ideal.data.loading import Data, load_data
+from ideal.data.tasks import ScoredRow, ScoredSet
 
 __all__ = [
     "CapabilityConfig",
@@ -10,6 +11,8 @@ __all__ = [
     "DataConfig",
     "DomainConfig",
     "ExampleSet",
+    "ScoredRow",
+    "ScoredSet",
     "SourceConfig",
     "collate",
     "ensure_chat_template",

@@ -1,10 +1,12 @@
 """The `data.` group of the configuration."""
 
+import difflib
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
+from ideal.scoring.scorers import SCORERS
 from ideal.settings import STRICT
 
 NO_REFERENCE = "none"
@@ -27,6 +29,17 @@ class SourceConfig:
 Source = str | SourceConfig
 
 
+def _known_scorer(name: str) -> str:
+    if name not in SCORERS:
+        near = difflib.get_close_matches(name, SCORERS, 1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(SCORERS)}"
+        raise ValueError(f"there is no scorer {name!r}{hint}")
+    return name
+
+
+Scorer = Annotated[str, AfterValidator(_known_scorer)]
+
+
 @dataclass
 class DomainConfig:
     """One domain of the mixture and the capability of the same name."""
@@ -47,7 +60,9 @@ class DomainConfig:
     format: str | None = None
     """The rows' format; left out: told from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The format's fields and the columns that hold them, such as {prompt: task, completion: solution}."""
+    """The format's (and the scorer's) fields and the columns that hold them, such as {prompt: task}."""
+    scorer: Scorer | None = None
+    """How answers to the reference and test rows are scored (evaluation.generate); left out: they are not."""
 
     def __post_init__(self) -> None:
         if self.reference == NO_REFERENCE and self.test is not None:
@@ -71,7 +86,9 @@ class CapabilityConfig:
     format: str | None = None
     """The rows' format; left out: told from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
-    """The format's fields and the columns that hold them."""
+    """The format's (and the scorer's) fields and the columns that hold them."""
+    scorer: Scorer | None = None
+    """How answers to the reference and test rows are scored (evaluation.generate); left out: they are not."""
 
 
 @dataclass
@@ -82,10 +99,11 @@ class DataConfig:
 
     domains: dict[str, str | DomainConfig] | str | None = None
     """The domains by name: each a folder with train.*, reference.* and test.*, or a mapping with train,
-    reference, test, weight, ratio, format, columns. Or one folder with a sub-folder per domain. Left out: the
-    demo."""
+    reference, test, weight, ratio, format, columns, scorer. Or one folder with a sub-folder per domain. Left out:
+    the demo. scorer: number, option, exact, unit_tests, instructions or choice (see evaluation.generate)."""
     capabilities: dict[str, CapabilityConfig] = field(default_factory=dict)
-    """Capabilities without a domain of their own, by name: reference, test, weight, format, columns."""
+    """Capabilities without a domain of their own, by name: reference, test, weight, format, columns,
+    scorer."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Longer examples are cut off at this many tokens."""
     max_examples: Annotated[int, Field(ge=8)] | None = None

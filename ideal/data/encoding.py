@@ -246,6 +246,39 @@ class Encoder:
             "the chat template rewrites earlier turns, so that its answers cannot be told from the rest"
         )
 
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """The tokens that end an answer: the template's, and the tokenizer's own."""
+        ids = [self.tokenizer.eos_token_id]
+        ids += self._tokens(self.end_last)["input_ids"][-1:] if self.end_last else []
+        return sorted({int(token) for token in ids if token is not None})
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """The tokens that stand before the last answer in training. Raises DroppedRow.
+
+        Cut by tokens: where a template ends a prompt with a space, the answer's first token holds that space.
+        """
+        found = self.last_answer(messages)
+        start = next(place for place, label in enumerate(found["labels"]) if label != MASKED)
+        return found["input_ids"][:start]
+
+    def last_answer(self, messages: list[Message]) -> dict[str, list[int]]:
+        """`input_ids` and `labels`, in which the last answer alone is not masked. Raises DroppedRow."""
+        text, spans = self.spans(messages)
+        tokens = self._tokens(text)
+        trained = trained_mask(tokens["offset_mapping"], spans[-1:])
+        ids = np.array(tokens["input_ids"], dtype=np.int64)
+        return {"input_ids": ids.tolist(), "labels": np.where(trained, ids, MASKED).tolist()}
+
+    def _tokens(self, text: str | list[str]) -> Any:
+        return self.tokenizer(
+            text,
+            add_special_tokens=False,
+            verbose=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+        )
+
     def encode(self, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         """A batch of `messages` and `row` -> COLUMNS; `dropped` says why a row is of no use, or is empty."""
         rendered: list[tuple[str, list[tuple[int, int]]]] = []
@@ -258,13 +291,7 @@ class Encoder:
                 rendered.append(("", []))
                 reason = str(problem)
             dropped.append(reason)
-        tokens = self.tokenizer(
-            [text for text, _ in rendered],
-            add_special_tokens=False,
-            verbose=False,
-            return_attention_mask=False,
-            return_offsets_mapping=True,
-        )
+        tokens = self._tokens([text for text, _ in rendered])
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         for number, (ids, offsets) in enumerate(
             zip(tokens["input_ids"], tokens["offset_mapping"], strict=True)

@@ -53,6 +53,10 @@ class SetReport:
     copies_measured: dict[str, int] = field(default_factory=dict)
     """Rows that also stand in a reference or test set other than this one, by label ("math reference")."""
     ignored_columns: list[str] = field(default_factory=list)
+    scorer: str = ""
+    """Of a reference or test set: what its answers are scored by, if they are."""
+    unscorable: list[Dropped] = field(default_factory=list)
+    """Rows that the scorer cannot use; they are kept, for the losses."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -62,14 +66,19 @@ class SetReport:
 
     def drop(self, reasons: Sequence[str], rows: Sequence[int]) -> None:
         """Counts rows (numbered from 0) that are left out, each with its reason."""
-        known = {dropped.reason: dropped for dropped in self.dropped}
-        for reason, row in zip(reasons, rows, strict=True):
-            if reason not in known:
-                known[reason] = Dropped(reason, 0, [])
-                self.dropped.append(known[reason])
-            known[reason].count += 1
-            if len(known[reason].rows) < SHOWN_ROWS:
-                known[reason].rows.append(int(row) + 1)
+        count(self.dropped, reasons, rows)
+
+
+def count(found: list[Dropped], reasons: Sequence[str], rows: Sequence[int]) -> None:
+    """Adds rows (numbered from 0) to `found`, each to those of its reason."""
+    known = {dropped.reason: dropped for dropped in found}
+    for reason, row in zip(reasons, rows, strict=True):
+        if reason not in known:
+            known[reason] = Dropped(reason, 0, [])
+            found.append(known[reason])
+        known[reason].count += 1
+        if len(known[reason].rows) < SHOWN_ROWS:
+            known[reason].rows.append(int(row) + 1)
 
 
 def repeated(keys: Sequence[str]) -> list[bool]:
@@ -118,11 +127,10 @@ def remarks_on(report: SetReport) -> list[str]:
         remarks.append(f"{_rows(report.held_out)} held out as its reference set")
     if report.not_drawn:
         remarks.append(f"{_rows(report.not_drawn)} not drawn (data.max_examples)")
-    for dropped in report.dropped:
-        more = ", ..." if dropped.count > len(dropped.rows) else ""
-        remarks.append(
-            f"{dropped.count:,} dropped, {dropped.reason} (row {', '.join(map(str, dropped.rows))}{more})"
-        )
+    remarks += [f"{dropped.count:,} dropped, {_reason(dropped)}" for dropped in report.dropped]
+    remarks += [
+        f"{found.count:,} of {_rows(report.kept)} cannot be scored: {_reason(found)}" for found in report.unscorable
+    ]
     if report.copies_inside:
         remarks.append(f"{_rows(report.copies_inside)} repeating an earlier one")
     said = {dropped.reason for dropped in report.dropped}
@@ -133,8 +141,13 @@ def remarks_on(report: SetReport) -> list[str]:
     return remarks
 
 
-def _rows(count: int) -> str:
-    return f"{count:,} row" + ("s" if count != 1 else "")
+def _rows(number: int) -> str:
+    return f"{number:,} row" + ("s" if number != 1 else "")
+
+
+def _reason(dropped: Dropped) -> str:
+    more = ", ..." if dropped.count > len(dropped.rows) else ""
+    return f"{dropped.reason} (row {', '.join(map(str, dropped.rows))}{more})"
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Loading: the configuration -> encoded pools, reference sets and test sets, and a report on each."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,10 +24,12 @@ from ideal.data.formats import (
     conversation,
     conversation_key,
 )
-from ideal.data.inspection import SetReport, repeated
+from ideal.data.inspection import SetReport, count, repeated
 from ideal.data.sources import Rows, data_files, files_for, progress_bars, read_rows
+from ideal.data.tasks import ScoredSet, scorable
 from ideal.distributed import main_first, together
 from ideal.errors import UserError
+from ideal.scoring.scorers import SCORERS
 from ideal.seeding import generator
 
 HELD_OUT_FRACTION = 0.1
@@ -39,6 +42,7 @@ CONVERSATIONS = datasets.Features(
         "messages": MESSAGES,
         "key": datasets.Value("string"),
         "row": datasets.Value("int64"),
+        "fields": datasets.Value("string"),  # JSON of the scorer's columns: what they hold differs
         "dropped": datasets.Value("string"),
     }
 )
@@ -62,6 +66,10 @@ class Data:
     """Pools, then reference sets, then test sets."""
     notes: list[str]
     """What else a user should know, about the chat template."""
+    scored: list[ScoredSet]
+    """Of every reference and test set whose capability has a scorer: what can be scored."""
+    end_ids: list[int]
+    """The tokens that end an answer."""
 
 
 @dataclass
@@ -131,17 +139,25 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     def encode(drafts: dict[str, Draft]) -> dict[str, ExampleSet]:
         return {name: _encode(draft, encoder, config.max_examples, seed) for name, draft in drafts.items()}
 
-    measured = encode(references)  # first, as they are small and can end the run
+    measured, tested = encode(references), encode(tests)  # first, as they are small and can end the run
     for name, reference in references.items():
         _check_reference(reference, len(measured[name]))
+    scored = [
+        _scored_set(draft, scorer, encoder)
+        for drafts in (references, tests)
+        for name, draft in drafts.items()
+        if (scorer := capabilities[name].scorer) is not None
+    ]
     return Data(
         encode(pools),
         measured,
-        encode(tests),
+        tested,
         weights=_weights(capabilities),
         ratios={name: domain.ratio for name, domain in domains.items()},
         reports=[draft.report for drafts in (pools, references, tests) for draft in drafts.values()],
         notes=encoder.notes,
+        scored=scored,
+        end_ids=encoder.end_ids,
     )
 
 
@@ -198,6 +214,7 @@ class Capability:
     weight: float
     format: str | None
     columns: Mapping[str, str]
+    scorer: str | None
 
 
 def resolve_capabilities(config: DataConfig, domains: Mapping[str, DomainConfig]) -> dict[str, Capability]:
@@ -208,7 +225,7 @@ def resolve_capabilities(config: DataConfig, domains: Mapping[str, DomainConfig]
     """
 
     def capability(given: DomainConfig | CapabilityConfig) -> Capability:
-        return Capability(given.reference, given.test, given.weight, given.format, given.columns)
+        return Capability(given.reference, given.test, given.weight, given.format, given.columns, given.scorer)
 
     own = {name: capability(domain) for name, domain in domains.items() if domain.reference != NO_REFERENCE}
     for name in config.capabilities:
@@ -235,39 +252,64 @@ def _weights(capabilities: Mapping[str, Capability]) -> dict[str, float]:
 def _draft(kind: str, name: str, source: Source, given: DomainConfig | Capability, key: str) -> Draft:
     """Reads a source into conversations, each row's copy key beside it; counts what is dropped."""
     rows = read_rows(source, "train" if kind == "pool" else kind, key)
+    present = rows.dataset.column_names
+    of_scorer = SCORERS[given.scorer].fields if given.scorer else ()
     try:
-        fmt, where = choose_format(rows.dataset.column_names, given.format, given.columns)
+        fmt, where = choose_format(
+            present, given.format, {name: column for name, column in given.columns.items() if name not in of_scorer}
+        )
+        # A pool is scored only where a part of it is held out.
+        scored = kind != "pool" or given.reference is None
+        fields = locate_fields(present, of_scorer, given.columns) if scored else {}
     except UserError as error:
         raise UserError(f"{key}: {rows.source}: {error}") from error
     report = SetReport(kind, name, rows.source, format=fmt.name, rows=len(rows.dataset))
-    report.ignored_columns = [column for column in rows.dataset.column_names if column not in where.values()]
-    conversations = _convert(rows, fmt, where, key, report.label)
+    used = {*where.values(), *fields.values()}
+    report.ignored_columns = [column for column in present if column not in used]
+    conversations = _convert(rows, fmt, where, fields, key, report.label)
     dropped = np.array(conversations["dropped"][:], dtype=object)
     bad = np.flatnonzero(dropped != "")
     report.drop(dropped[bad].tolist(), bad.tolist())
-    draft = Draft(conversations.select_columns(["messages", "key", "row"]), report, key)
+    draft = Draft(conversations.select_columns(["messages", "key", "row", "fields"]), report, key)
     draft.keep(dropped == "")
     _check_not_empty(draft, len(draft.keys))
     report.copies_inside = sum(repeated(draft.keys))
     return draft
 
 
-def _convert(rows: Rows, fmt: Format, where: Mapping[str, str], key: str, label: str) -> datasets.Dataset:
+def locate_fields(present: list[str], fields: tuple[str, ...], renamed: Mapping[str, str]) -> dict[str, str]:
+    """The column of each of a scorer's fields that has one. Raises UserError where the user names one that is not
+    there (without the source's name)."""
+    for name in fields:
+        if name in renamed and renamed[name] not in present:
+            raise UserError(f"there is no column '{renamed[name]}' for '{name}'; its columns are {', '.join(present)}")
+    return {name: renamed.get(name, name) for name in fields if renamed.get(name, name) in present}
+
+
+def _convert(
+    rows: Rows, fmt: Format, where: Mapping[str, str], fields: Mapping[str, str], key: str, label: str
+) -> datasets.Dataset:
     """Rows -> CONVERSATIONS; a row that the format cannot read ends the run."""
 
     def convert(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
-        columns: dict[str, list] = {"messages": [], "key": [], "row": numbers, "dropped": []}
+        columns: dict[str, list] = {"messages": [], "key": [], "row": numbers, "fields": [], "dropped": []}
         for index, number in enumerate(numbers):
             row = {name: batch[column][index] for name, column in where.items()}
             messages, reason = _conversation(rows, fmt, row, number, key)
             columns["messages"].append(messages)
             columns["key"].append(conversation_key(messages))
+            columns["fields"].append(
+                json.dumps({name: batch[column][index] for name, column in fields.items()}, default=str)
+            )
             columns["dropped"].append(reason)
         return columns
 
     code = Path(formats.__file__).read_bytes()
     fingerprint = Hasher.hash(
-        ("conversations", rows.dataset._fingerprint, fmt.name, sorted(where.items()), rows.from_json, code)
+        (
+            "conversations", rows.dataset._fingerprint, fmt.name, sorted(where.items()), sorted(fields.items()),
+            rows.from_json, code,
+        )
     )
     try:
         with progress_bars(len(rows.dataset) >= MANY_ROWS):
@@ -371,7 +413,24 @@ def _encode(draft: Draft, encoder: Encoder, most: int | None, seed: int) -> Exam
     report.trained_tokens = int(examples.trained_tokens.sum())
     report.longest = int(examples.lengths.max())
     report.truncated = int(np.array(encoded["truncated"][:])[reasons == ""].sum())
+    draft.keep(reasons == "")
     return examples
+
+
+def _scored_set(draft: Draft, scorer: str, encoder: Encoder) -> ScoredSet:
+    """What of an encoded set can be scored; the rest is counted. Raises UserError where nothing can."""
+    report = draft.report
+    found = draft.conversations.select_columns(["row", "messages", "fields"])
+    rows, left_out = scorable(scorer, ((r["row"], r["messages"], json.loads(r["fields"])) for r in found), encoder)
+    report.scorer = scorer
+    count(report.unscorable, [reason for reason, _ in left_out], [number for _, number in left_out])
+    if not rows:
+        reason, number = left_out[0]
+        raise UserError(
+            f"{draft.key}: no row of {report.source} can be scored by {scorer}: row {number + 1}: {reason}; "
+            "mend the rows or leave the scorer out"
+        )
+    return ScoredSet(report.kind, report.name, scorer, rows)
 
 
 def _check_not_empty(draft: Draft, left: int) -> None:

@@ -15,6 +15,16 @@ BASE_MODEL = Path(__file__).parent / "base_model"
 POOL, REFERENCE, TEST = 4000, 200, 400
 SEED = 0
 
+SCORERS = {
+    "math": "number",
+    "code": "number",
+    "reasoning": "exact",
+    "instruction": "exact",
+    "safety": "option",
+    "word_problems": "number",
+}
+"""How answers to each capability are scored: the number, the whole answer, or yes or no."""
+
 STARTS = {
     "uniform": {"math": 0.1, "code": 0.1, "reasoning": 0.1, "instruction": 0.1, "safety": 0.1},
     "skewed": {"math": 0.25, "code": 0.175, "reasoning": 0.025, "instruction": 0.025, "safety": 0.025},

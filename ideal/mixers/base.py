@@ -37,7 +37,8 @@ class MixingConfig:
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
     patience: Annotated[int, Field(ge=1)] = 1
-    """stop after this many rounds in a row without a lower Q than the best before; ideal and loss"""
+    """stop after this many rounds in a row without a lower Q (or higher score: evaluation.choose_by) than the best
+    before; ideal and loss"""
     proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25
     """the part of an inner loop's optimizer steps that a proxy run of regmix takes"""
     temperature: Annotated[float, Field(gt=0)] = 2.0

@@ -25,7 +25,8 @@ class RoundFiles:
     mixture: Json = field(default_factory=dict)
     """round, total_tokens (trained tokens), domains: name -> pool, size, ratio, share, beta (led here)."""
     evaluation: Json = field(default_factory=dict)
-    """reference_loss and test_loss per capability (mean loss per trained token), Q, Q_test."""
+    """reference_loss and test_loss per capability (mean loss per trained token), Q, Q_test; where the model has been
+    scored, reference_score, test_score and their standard errors per capability, score, score_test."""
     influence: Json = field(default_factory=dict)
     """domains, capabilities, matrix [R, n] (free form), matrix_fixed, alpha, standard_errors and more."""
     training: Json = field(default_factory=dict)
@@ -84,6 +85,21 @@ class RunFiles:
         return any(e.get("test_loss") for e in [self.base, *(r.evaluation for r in self.rounds)])
 
     @property
+    def has_scores(self) -> bool:
+        """Whether any model was scored."""
+        return any(e.get("reference_score") for e in [self.base, *(r.evaluation for r in self.rounds)])
+
+    @property
+    def by_score(self) -> bool:
+        """Whether rounds are compared by their score, and not by Q."""
+        return self.setting("evaluation.choose_by") == "score"
+
+    @property
+    def measure(self) -> str:
+        """What rounds are compared by, in words."""
+        return "the score on the reference sets" if self.by_score else "Q on the reference sets"
+
+    @property
     def evaluated(self) -> list[RoundFiles]:
         """The rounds whose model was evaluated."""
         return [r for r in self.rounds if number(r.evaluation.get("Q")) is not None]
@@ -95,11 +111,16 @@ class RunFiles:
 
     @property
     def best(self) -> RoundFiles | None:
-        """The round that the run kept, or the result of lowest Q so far (the earliest of equal ones)."""
+        """The round that the run kept, or the best result so far by `measure` (the earliest of equal ones)."""
         kept = self.round(self.mixture.get("round", -1))
         if number(kept.evaluation.get("Q")) is not None:
             return kept
-        return min(self.results, key=lambda r: (r.evaluation["Q"], r.number), default=None)
+
+        def order(this: RoundFiles) -> tuple[float, int]:
+            by = -(number(this.evaluation.get("score")) or 0.0) if self.by_score else this.evaluation["Q"]
+            return by, this.number
+
+        return min(self.results, key=order, default=None)
 
     @property
     def benchmarks(self) -> dict[str, Json]:
@@ -160,6 +181,17 @@ def load_run(folder: Path) -> RunFiles:
         benchmarked=read(folder / "benchmarks.json", json.loads, dict),
         unreadable=unreadable,
     )
+
+
+def load_answers(run: RunFiles, round_number: int | None) -> list[Json]:
+    """The lines of a round's answers.jsonl (None: the base model's); empty where there is none, or it is broken."""
+    path = run.folder / ("base" if round_number is None else f"round_{round_number:02d}") / "answers.jsonl"
+    if not path.is_file():
+        return []
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError:
+        return []
 
 
 def number(value: Any) -> float | None:

@@ -30,6 +30,7 @@ SETTINGS = (
     "train.global_batch_size",
     "train.bf16",
     "mixing",
+    "evaluation",
     "influence",
 )
 
@@ -62,6 +63,12 @@ def render_page(run: RunFiles, figures: list[str]) -> str:
         change=tables.change_table(run),
         best_number=best.number if best else None,
         best_losses=tables.best_table(run, best.number) if best else None,
+        best_scores=tables.best_scores(run, best.number) if best else None,
+        answers=tables.answers_table(run, best.number) if best else None,
+        base_answers=tables.answers_table(run, None),
+        reference_scores=tables.scores_table(run, "reference"),
+        test_scores=tables.scores_table(run, "test"),
+        measure=run.measure,
         benchmarks=tables.benchmarks_table(run),
         overview=tables.overview_table(run),
         reference_losses=tables.losses_table(run, "reference"),

@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from ideal.influence.matrix import NORMAL_95, Errors
-from ideal.report.files import Json, RoundFiles, RunFiles, number
+from ideal.report.files import Json, RoundFiles, RunFiles, load_answers, number
 
 WIDTH = 100
+EXAMPLE = 300
+"""Characters of a prompt or an answer that a page shows."""
 MISSING = "-"
+WEIGHTED = {"reference": "score", "test": "score_test"}
+"""Where the weighted mean score of each kind of sets stands in evaluation.json."""
 UNCERTAIN = " ?"
 """After a number whose 95% interval holds zero."""
 DOUBT = f"zero lies within {NORMAL_95} standard errors, so the sign is uncertain"
@@ -118,6 +122,57 @@ def loss_table(run: RunFiles, round_number: int, against: int | None = None) -> 
     if number(this.get("Q")) is not None:
         rows.append(row("Q (objective)", "Q", "Q_test", None))
     return Table("", header, rows)
+
+
+def score_table(run: RunFiles, round_number: int, against: int | None = None) -> Table:
+    """One row per capability with a scorer, then the weighted mean: the scores of the base model, an earlier round
+    (`against`, the round before by default) and this one, each with its standard error over rows."""
+    this, base = run.round(round_number).evaluation, run.base
+    earlier = round_number - 1 if against is None else against
+    before = run.round(earlier).evaluation if earlier < round_number else {}
+    columns = [("base", base, "reference")] if base.get("reference_score") else []
+    columns += [(f"round {earlier}", before, "reference")] if before.get("reference_score") else []
+    columns += [(f"round {round_number}", this, "reference")]
+    if this.get("test_score"):
+        columns += [("test: base", base, "test")] if base.get("test_score") else []
+        columns += [(f"round {round_number}", this, "test")]
+    names = list(this.get("reference_score") or {})
+    rows = [[name, *(score(e, kind, name) for _, e, kind in columns)] for name in names]
+    if number(this.get("score")) is not None:
+        rows.append(["score (weighted)", *(score(e, kind, None) for _, e, kind in columns)])
+    return Table("", ["score, 0 to 1", *(name for name, _, _ in columns)], rows)
+
+
+def best_scores(run: RunFiles, best: int) -> Table:
+    """The best round's scores, beside the start's where one led to the other."""
+    return score_table(run, best, against=0 if run.method.successive else best)
+
+
+def scores_table(run: RunFiles, kind: str) -> Table:
+    """One row per capability with a scorer, then the weighted mean; one column per model that was scored: `kind` is
+    "reference" or "test"."""
+    columns = [("base", run.base), *((f"round {r.number}", r.evaluation) for r in run.rounds)]
+    columns = [(name, e) for name, e in columns if e.get(f"{kind}_score")]
+    names = list(dict.fromkeys(name for _, e in columns for name in e[f"{kind}_score"]))
+    rows = [[name, *(score(e, kind, name) for _, e in columns)] for name in names]
+    key = WEIGHTED[kind]
+    if any(number(e.get(key)) is not None for _, e in columns):
+        rows.append(["weighted", *(score(e, kind, None) for _, e in columns)])
+    return Table("", [f"{kind} score", *(name for name, _ in columns)], rows)
+
+
+def answers_table(run: RunFiles, round_number: int | None) -> Table:
+    """A few answers of one round (None: the base model): of each capability the first two that are right and the
+    first two that are not, of its test set where it has one."""
+    lines, rows = load_answers(run, round_number), []
+    for name in dict.fromkeys(line["capability"] for line in lines):
+        own = [line for line in lines if line["capability"] == name]
+        shown = [line for line in own if line["set"] == "test"] or own
+        for right in (True, False):
+            for line in [line for line in shown if (line["score"] == 1) == right][:2]:
+                texts = [shorten(str(line[key]), EXAMPLE) for key in ("prompt", "answer", "expected", "detail")]
+                rows.append([f"{name}, {line['set']} row {line['row']}", f"{line['score']:g}", *texts])
+    return Table("", ["row", "score", "prompt", "answer", "expected", "found"], rows)
 
 
 def best_table(run: RunFiles, best: int) -> Table:
@@ -327,12 +382,13 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
     if mixture:
         doubtful = any(cell.endswith(UNCERTAIN) for row in mixture.rows for cell in row[1:])
         parts.append(as_text(mixture) + f"\n{UNCERTAIN.strip()}: {DOUBT}" * doubtful)
-    parts += [as_text(losses)] * bool(losses)
+    scores = score_table(run, round_number)
+    parts += [as_text(losses)] * bool(losses) + [as_text(scores)] * bool(scores)
     if len(parts) == 1:
         parts.append("nothing recorded yet")
     best = run.best
     if best is not None and best.number == round_number and len(run.evaluated) > 1:
-        parts.append("The best round so far, by Q on the reference sets.")
+        parts.append(f"The best round so far, by {run.measure}.")
     return "\n\n".join(parts)
 
 
@@ -344,6 +400,8 @@ def final_summary(run: RunFiles) -> str:
         parts.append(as_text(change_of_mixture))
     if run.best is not None:
         parts.append(as_text(best_table(run, run.best.number)))
+        scores = best_scores(run, run.best.number)
+        parts += [as_text(scores)] * bool(scores)
     parts += [textwrap.fill(sentence, WIDTH) for sentence in caveats(run)]
     files = [[name, what] for name, what in present_files(run)]
     if files:
@@ -365,10 +423,12 @@ def outcome(run: RunFiles) -> list[str]:
     elif len(run.evaluated) == 1:
         lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
     elif best.number == 0:
-        lines = [f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."]
+        most = "highest score" if run.by_score else "lowest Q"
+        lines = [f"The start's mixture (round 0) has the {most} of rounds 0 to {last}: no step improved it."]
     else:
-        lines = [f"Best round: {best.number} of rounds 0 to {last}, by Q on the reference sets."]
+        lines = [f"Best round: {best.number} of rounds 0 to {last}, by {run.measure}."]
     names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
+    names |= {"score": "Score on the reference sets", "score_test": "Score on the test sets (not used for choosing)"}
     for key, name in names.items():
         values = [("base model", run.base.get(key))]
         values += [("start", start.evaluation.get(key))] if run.method.successive else []
@@ -392,7 +452,7 @@ def tries_in_words(run: RunFiles, best: RoundFiles) -> list[str]:
     number_of = len(run.results)
     if number_of == 1:
         return [f"Result: round {best.number}."]
-    lines = [f"Best of {number_of} results: round {best.number}, by Q on the reference sets."]
+    lines = [f"Best of {number_of} results: round {best.number}, by {run.measure}."]
     for key, name in {"Q": "reference", "Q_test": "test"}.items():
         values = [number(r.evaluation.get(key)) for r in run.results]
         known = [value for value in values if value is not None]
@@ -433,7 +493,7 @@ def present_files(run: RunFiles) -> list[tuple[str, str]]:
     }
     found = [(name, what) for name, what in known.items() if (run.folder / name).exists()]
     if run.rounds:
-        found.append(("round_*", "per round: mixture, losses, influence matrix"))
+        found.append(("round_*", "per round: mixture, losses, influence matrix" + ", answers" * run.has_scores))
     return found
 
 
@@ -453,6 +513,16 @@ def loss(value: Any) -> str:
     """A loss with four decimals."""
     found = number(value)
     return MISSING if found is None else f"{found:.4f}"
+
+
+def score(evaluation: Json, kind: str, capability: str | None) -> str:
+    """A score and its standard error over rows; without a capability the weighted mean's (of `kind` sets)."""
+    if capability is None:
+        return loss(evaluation.get(WEIGHTED[kind]))
+    found, error = (number((evaluation.get(f"{kind}_{key}") or {}).get(capability)) for key in ("score", "score_error"))
+    if found is None:
+        return MISSING
+    return f"{found:.3f}" + ("" if error is None else f" ± {error:.3f}")
 
 
 def percent(value: Any) -> str:

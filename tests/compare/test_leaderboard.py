@@ -27,7 +27,7 @@ from ideal.compare.leaderboard import (
     trained_tokens,
     training_run_equivalents,
 )
-from ideal.compare.writing import clear_leaderboard, write_leaderboard
+from ideal.compare.writing import clear_leaderboard, console_tables, write_leaderboard
 from ideal.report.files import RoundFiles, RunFiles
 
 
@@ -355,14 +355,77 @@ def test_benchmarks_over_seeds():
 
 def test_benchmarks_in_tables():
     content = with_benchmarks()
-    table = tables.benchmarks_table(content)
+    table = tables.scores_table(content, "benchmarks")
     assert table.header == ["score", "average", "gsm8k", "bbh"]
     assert dict(zip([row[0] for row in table.rows], table.rows, strict=True))["m"][2] == "0.5000 ± 0.0000 (best)"
-    changes = tables.benchmark_changes_table(content)
+    changes = tables.score_changes_table(content, "benchmarks")
     assert changes.rows == [["m", "+0.2000 ± -", "+0.2500 ± 0.0500", "+0.1000 ± -"]]
     lines = {line["row"]: line for line in csv.DictReader(io.StringIO(tables.as_csv(content)))}
     assert float(lines["m"]["score gsm8k"]) == 0.5 and float(lines["m"]["score gsm8k change"]) == 0.25
     assert lines["unscored"]["score gsm8k"] == ""
+
+
+def with_scores(tests: bool = True) -> dict[str, Any]:
+    """math over seeds: joint .2 .3, m .5 .7; its average of two only where both are known."""
+    found = [
+        ("joint", 0, {"math": 0.2, "code": 0.6}),
+        ("joint", 1, {"math": 0.3, "code": 0.8}),
+        ("m", 0, {"math": 0.5, "code": 0.6}),
+        ("m", 1, {"math": 0.7, "code": 0.7}),
+    ]
+    runs = [
+        run(row, seed, 2.0, 4.0, reference_score={name: value / 2 for name, value in scores.items()},
+            test_score=scores if tests else {"math": scores["math"]})
+        for row, seed, scores in found
+    ]  # fmt: skip
+    runs.append(run("unscored", 0, 1.0, 1.0))
+    return dict(json.loads(json.dumps(leaderboard(runs, {}, {}, 6), allow_nan=False)))
+
+
+def test_capability_scores_over_seeds(tmp_path):
+    """math: m - joint is .3 and .4; the averages are .4, .55 and .55, .7, so they differ by .15 in both seeds."""
+    content = with_scores()
+    found = content["scores"]
+    assert found["kind"] == "test" and "unscored" not in found["rows"]
+    assert found["rows"]["m"]["math"] == pytest.approx(
+        {"mean": 0.6, "error": 0.1, "change": 0.35, "change_error": 0.05}
+    )
+    assert found["rows"]["m"]["average"] == pytest.approx(
+        {"mean": 0.625, "error": 0.075, "change": 0.15, "change_error": 0.0}, abs=1e-12
+    )
+    assert found["best"] == {"average": "m", "math": "m", "code": None}
+    assert with_scores(tests=False)["scores"]["kind"] == "reference"
+    assert with_scores(tests=False)["scores"]["rows"]["m"]["math"]["mean"] == pytest.approx(0.3)
+    table = tables.scores_table(content, "scores")
+    assert [row[:2] for row in table.rows] == [["joint", "0.4750 ± 0.0750"], ["m", "0.6250 ± 0.0750 (best)"]]
+    lines = {line["row"]: line for line in csv.DictReader(io.StringIO(tables.as_csv(content)))}
+    assert float(lines["m"]["capability score math change"]) == pytest.approx(0.35)
+    assert lines["unscored"]["capability score math"] == ""
+    write_leaderboard(tmp_path, content)
+    for name in ("leaderboard.html", "leaderboard.md"):
+        text = (tmp_path / name).read_text()
+        assert "+0.3500 ± 0.0500" in text and "answers on the test sets" in text and "Benchmarks" not in text
+    assert "0.6250 ± 0.0750 (best)" in console_tables(tmp_path)
+
+
+def test_a_leaderboard_without_scores_says_nothing_of_them(content):
+    assert content["scores"]["rows"] == {} and tables.scores_in_words(content) == []
+    before = {key: value for key, value in content.items() if key != "scores"}
+    assert tables.markdown(before) == tables.markdown(content) and "## Scores" not in tables.markdown(content)
+
+
+def test_scores_of_tries_are_means_where_all_have_them():
+    files = files_of_a_run()
+    for this, value in zip(files.rounds[1:], (0.2, 0.6), strict=True):
+        this.evaluation.update(reference_score={"a": value}, test_score={})
+    best = numbers_of(files, "m", 7)
+    assert best.reference_score == {"a": 0.2} and best.test_score == {}
+    random = replace(files, config={**files.config, "mixing": {"method": "random"}})
+    mean = mean_of_tries(random, best)
+    assert mean is not None and mean.reference_score == pytest.approx({"a": 0.4})
+    del files.rounds[2].evaluation["reference_score"]
+    mean = mean_of_tries(random, best)
+    assert mean is not None and mean.reference_score == {}
 
 
 def test_a_task_where_less_is_better_and_one_run_differently():

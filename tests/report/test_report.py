@@ -448,3 +448,51 @@ def test_domains_that_are_left_out_stay_inside_the_figure(tmp_path: Path) -> Non
     drawn = [line for line in left.get_lines() if len(line.get_xdata()) == 3]
     np.testing.assert_array_equal([line.get_ydata() for line in drawn], [[30, np.nan, 1], [np.nan, 30, 1]])
     assert not any(line.get_linewidth() for line in drawn), "tries are points: nothing leads from one to the next"
+
+
+# Scores
+
+
+def add_scores(folder: Path, by: str) -> None:
+    """Scores of two capabilities that fall from round to round, while Q falls too."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump({**config, "evaluation": {"choose_by": by}}))
+    (folder / "mixture.json").unlink()
+    for number, this in enumerate([folder / "base", *sorted(folder.glob("round_*"))]):
+        values = {"math": 0.9 - 0.1 * number, "coding": 0.5}
+        scores = {"reference_score": values, "reference_score_error": dict.fromkeys(values, 0.0123)}
+        scores |= {"test_score": {"math": 0.25}, "test_score_error": {"math": None}}
+        content = json.loads((this / "evaluation.json").read_text())
+        write(this / "evaluation.json", {**content, **scores, "score": values["math"], "score_test": None})
+        line = {"set": "test", "capability": "math", "prompt": "2+2?", "expected": "4", "detail": "found"}
+        lines = [{**line, "row": row, "score": row % 2, "answer": f"answer {row} {NASTY}"} for row in range(8)]
+        lines.append({**lines[0], "set": "reference", "answer": "not shown"})
+        (this / "answers.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+
+
+@pytest.mark.parametrize(("by", "best"), [("loss", 2), ("score", 0)])
+def test_scores_and_answers(tmp_path: Path, by: str, best: int) -> None:
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 3)
+    add_scores(folder, by)
+    run = load_run(folder)
+    assert run.best is not None and run.best.number == best
+    page = Page(render_report(folder).read_text())
+    assert any(row[:3] == ["math", "0.900 ± 0.012", "0.800 ± 0.012"] for row in page.rows)
+    assert "math, test row 1" in page.text and "math, test row 2" in page.text and "math, test row 5" not in page.text
+    assert "not shown" not in page.text and page.tags.count("b") == 2, "the template's own"
+    measure = {"loss": "Q on the reference sets", "score": "the score on the reference sets"}[by]
+    assert f"Rounds are compared by {measure} alone" in page.text
+    summary = final_summary(run)
+    assert ("has the highest score of rounds 0 to 2" in summary) == (by == "score")
+    assert "Score on the reference sets: base model 0.9000 -> start 0.8000" in summary
+    console = round_table(run, 1)
+    assert re.search(r"math +0.900 ± 0.012 +0.800 ± 0.012 +0.700 ± 0.012 +0.250 +0.250", console)
+    assert max(map(len, console.splitlines())) <= WIDTH + 20
+
+
+def test_a_run_without_scores_says_nothing_of_them(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2)
+    page, run = Page(render_report(folder).read_text()), load_run(folder)
+    assert "Scores" not in page.text and "score, 0 to 1" not in round_table(run, 1) + final_summary(run)
+    (folder / "round_01" / "answers.jsonl").write_text("broken")
+    assert not tables.answers_table(run, 1)
