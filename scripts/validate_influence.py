@@ -34,12 +34,12 @@ PARTS = ("estimate", "oracle", "page")
 
 def run(output: Path, processes: int, size: Size, parts: Sequence[str], page: Path) -> None:
     """The parts asked for. page: where the page goes, its figure and its numbers beside it."""
-    bench = Bench.open()
+    bench = Bench.open(size.more)
     oracle, centres = Results(output / "oracle.jsonl"), Results(output / "centres.jsonl")
     if {"estimate", "oracle"} & set(parts):
         of_oracle, of_centres = size.loops(len(bench.domains))
         print(f"{of_oracle} inner loops for the oracle, {of_centres} unchanged ones")
-        with Workers(processes) as workers:
+        with Workers(processes, size.more) as workers:
             if "estimate" in parts:
                 workers.do(estimations(size, size.every_seed), centres, "estimates", "model")
             if "oracle" in parts:

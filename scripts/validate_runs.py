@@ -64,6 +64,7 @@ class Size:
     dampings: Sequence[float] = DAMPINGS
     joint: Sequence[str] = tuple(JOINT)
     joint_dampings: Sequence[float] = JOINT_DAMPINGS
+    more: Sequence[str] = ()
 
     @property
     def settings(self) -> list["Setting"]:
@@ -88,14 +89,14 @@ class Size:
 
 QUICK = Size(
     starts=("skewed",),
-    passes={"few passes": Passes(0.1, 1), "overfit": Passes(0.05, 2)},
+    passes={"few passes": Passes(4.0, 1)},
     seeds=(0, 1),
     choosing=(100, 101),
     segments=2,
     families=("identity", "EK-FAC"),
     dampings=(1e-2, 1.0),
-    joint=("joint",),
     joint_dampings=(1.0,),
+    more=("--data.max_examples", "80"),
 )
 """To see that everything works; its numbers say nothing."""
 
