@@ -145,8 +145,11 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        text = file.read_text() if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            file.write_text(whole)  # a kill cut the last line short
+        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, whole.splitlines())}
 
     def add(self, key: str, values: Mapping[str, Any]) -> None:
         """Notes a finished job."""

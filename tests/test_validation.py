@@ -212,8 +212,8 @@ def test_names_of_estimators() -> None:
 # The page
 
 
-DOMAINS, CAPABILITIES = ["math", "code", "safety"], ["math", "code", "both"]
-TRUE = np.array([[-0.6, -0.1, 0.1], [-0.2, -0.9, 0.0], [-0.3, -0.3, 0.3]])
+DOMAINS, CAPABILITIES = ["math", "code", "safety"], ["math", "code", "safety", "both"]
+TRUE = np.array([[-0.6, -0.1, 0.1], [-0.2, -0.9, 0.0], [0.1, 0.2, -0.3], [-0.3, -0.3, 0.2]])
 SMALL = replace(QUICK, passes={"few passes": Passes(1.0, 1)}, seeds=(0, 1, 2))
 
 
@@ -224,22 +224,22 @@ def made_up(size: Size) -> Stored:
     centres: dict[str, Any] = {}
 
     def row(tokens: np.ndarray, change: np.ndarray) -> dict[str, Any]:
-        losses = dict(zip(CAPABILITIES, (2 + change + 0.005 * random.standard_normal(3)).tolist(), strict=True))
+        losses = dict(zip(CAPABILITIES, (2 + change + 0.005 * random.standard_normal(4)).tolist(), strict=True))
         shares = dict(zip(DOMAINS, (tokens / tokens.sum()).tolist(), strict=True))
         return {"shares": shares, "total_tokens": float(tokens.sum()), "reference_loss": losses, "test_loss": losses,
                 "Q": float(np.mean(list(losses.values()))), "steps": 12}  # fmt: skip
 
     for setting in size.settings:
         for seed in size.every_seed:
-            centres[setting.centre_key(seed)] = row(np.full(3, 50.0), np.zeros(3)) | {
-                "estimates": {"oracle 0.1": (9 * TRUE).tolist(), "none 0.1": random.standard_normal((3, 3)).tolist()}
+            centres[setting.centre_key(seed)] = row(np.full(3, 50.0), np.zeros(4)) | {
+                "estimates": {"oracle 0.1": (9 * TRUE).tolist(), "none 0.1": random.standard_normal((4, 3)).tolist()}
             }
             for number, domain in enumerate(DOMAINS):
                 for sign in (1, -1):
                     beta = 0.3 * sign * np.eye(3)[number]
                     moved = TRUE @ (beta if setting.volume == "free" else beta - beta.sum() / 3)
                     oracle[setting.key(domain, sign, seed)] = row(50 * (1 + beta), moved)
-    return Stored(oracle, centres, DOMAINS, CAPABILITIES, np.ones(3) / 3)
+    return Stored(oracle, centres, DOMAINS, CAPABILITIES, np.ones(4) / 4)
 
 
 def test_the_content_and_the_page_say_what_the_runs_say() -> None:
