@@ -9,8 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from validate_content import AIMS, MEAN_AIM, OFF_AIM, SIGNIFICANT, WORST_AIM
-from validate_estimates import family_of
-from validate_numbers import size_ratio
+from validate_estimates import JOINT, family_of
 
 from ideal.compare.tables import as_markdown, change
 from ideal.report.figures import FAINT, INK, STYLE, render, styles_of
@@ -172,6 +171,7 @@ def markdown(content: Json, figure: str) -> str:
         "beta": f"{content['beta']:g}",
         "runs": f"{content['runs']['oracle'] + content['runs']['centres']:,}",
         "segments": str(content["segments"]),
+        "iterations": str(JOINT["joint"].solver_iterations),
         "passes": passes_in_words(content),
         "unfinished": unfinished,
         "verdict_in_words": verdict_in_words(content),
@@ -208,8 +208,8 @@ def figure_of(content: Json) -> Figure:
         what = "off-diagonal entries" if row % 2 else "dQ/dβ"
         panels[row][0].set_ylabel(f"measured {what}")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.suptitle(f"{content['choice']['estimator']}, scaled to the measured size", x=0.01, ha="left")
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 2 * len(columns)), frameon=False)
+    figure.suptitle(f"{content['choice']['estimator']}, each panel scaled to the measured size", x=0.01, ha="left")
     return figure
 
 
@@ -217,7 +217,7 @@ def _vector_panel(axes: Axes, content: Json, setting: Json) -> None:
     """Each seed's prediction faint, their mean with the measured value's standard error."""
     predicted, measured = np.array(setting["predicted"]), np.array(setting["oracle"]["vector"])
     errors = np.array(setting["oracle"]["vector_error"])
-    predicted = predicted / (size_ratio(predicted.mean(axis=0), measured) or 1.0)
+    predicted = _scaled(predicted, predicted.mean(axis=0), measured)
     styles = styles_of(content["domains"])
     for number_, domain in enumerate(content["domains"]):
         colour, marker, _ = styles[domain]
@@ -235,7 +235,7 @@ def _entries_panel(axes: Axes, content: Json, setting: Json) -> None:
     oracle, styles = setting["oracle"], styles_of(content["domains"])
     predicted, measured = np.array(setting["predicted_matrix"]), np.array(oracle["matrix"])
     off = np.array([[c != d for d in content["domains"]] for c in content["capabilities"]])
-    predicted = predicted / (size_ratio(predicted[off], measured[off]) or 1.0)
+    predicted = _scaled(predicted, predicted[off], measured[off])
     for row, column in zip(*np.nonzero(off), strict=True):
         colour, marker, _ = styles[content["domains"][column]]
         known = abs(oracle["t"][row][column] or 0.0) > SIGNIFICANT
@@ -243,6 +243,11 @@ def _entries_panel(axes: Axes, content: Json, setting: Json) -> None:
         axes.plot(predicted[row, column], measured[row, column], marker, color=colour, markerfacecolor=face)
     _diagonal(axes)
     axes.set_xlabel("predicted")
+
+
+def _scaled(predicted: np.ndarray, part: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """The predictions, such that this part of them is as large as what was measured."""
+    return predicted * np.linalg.norm(measured) / np.linalg.norm(part)
 
 
 def _diagonal(axes: Axes) -> None:
