@@ -130,7 +130,8 @@ def compared(stored: Stored, setting: Setting, seeds: Sequence[int]) -> Compared
     found = [stored.predictions(setting, seed) for seed in seeds]
     tables, vectors, matrices = [], dict[str, Array](), dict[str, Array]()
     for kind in (0, 1):
-        stacked = {name: np.array([each[kind][name] for each in found]) for name in found[0][kind]}
+        names = [name for name in found[0][kind] if all(name in each[kind] for each in found)]
+        stacked = {name: np.array([each[kind][name] for each in found]) for name in names}
         tables.append({name: _agreements(stored, stack, measured.matrix) for name, stack in stacked.items()})
         vectors |= {name: np.einsum("r,srj->sj", stored.weights, stack) for name, stack in stacked.items()}
         matrices |= stacked
@@ -147,7 +148,8 @@ def choice(stored: Stored, size: Size) -> Json:
     """The estimator, and how every one did with the choosing seeds; of the settings that have them."""
     every = {setting.name: compared(stored, setting, size.choosing) for setting in size.settings}
     found = {name: each for name, each in every.items() if each is not None}
-    names = list(next(iter(found.values())).estimators)
+    first, *others = (each.estimators for each in found.values())
+    names = [name for name in first if all(name in other for other in others)]
     table = {
         estimator: {name: each.estimators[estimator]["vector"] for name, each in found.items()} for estimator in names
     }

@@ -78,8 +78,8 @@ class Size:
 
     @property
     def every_seed(self) -> list[int]:
-        """Those that choose come last, so that a stopped run has reported numbers first."""
-        return [*self.seeds, *self.choosing]
+        """Those that choose come first: without them there is no page of a run that was stopped."""
+        return [*self.choosing, *self.seeds]
 
     def loops(self, domains: int) -> tuple[int, int]:
         """Inner loops of the oracle, and of the centres."""
