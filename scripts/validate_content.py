@@ -227,6 +227,15 @@ def correlations(table: Mapping[str, Mapping[str, Array]]) -> Json:
     return content
 
 
+def residuals(centres: Sequence[Row]) -> dict[str, float]:
+    """By joint estimator, the largest residual at its end, on average over seeds."""
+    return {
+        name: float(np.mean([max(row["solver"][name]["residuals"][-1]) for row in centres]))
+        for name in centres[0]["solver"]
+        if all(name in row["solver"] for row in centres)
+    }
+
+
 def verdict(found: Compared, estimator: str) -> Json:
     """Whether the estimator meets each aim in a setting; an undefined number meets none."""
     own = found.estimators[estimator]
@@ -275,6 +284,7 @@ def content_of(stored: Stored, size: Size) -> Json:
             "oracle": oracle_content(stored, found),
             "estimators": correlations(found.estimators),
             "baselines": correlations(found.baselines),
+            "residuals": residuals(centres),
             "predicted": plain(found.vectors[estimator]),
             "predicted_matrix": plain(found.matrices[estimator].mean(axis=0)),
             "verdict": verdict(found, estimator),

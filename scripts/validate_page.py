@@ -147,6 +147,14 @@ def choice_table(content: Json) -> Table:
     return Table("", ["estimator", "worst setting", *map(short, names)], rows)
 
 
+def residuals_table(content: Json) -> Table:
+    """How far the joint solver came."""
+    every = content["settings"]
+    names = next(iter(every.values()))["residuals"]
+    rows = [[name, *(cell(setting["residuals"].get(name)) for setting in every.values())] for name in names]
+    return Table("", ["residual at the end", *map(short, every)], rows)
+
+
 def passes_in_words(content: Json) -> str:
     """What few passes and overfit are."""
     return "; ".join(
@@ -180,6 +188,7 @@ def markdown(content: Json, figure: str) -> str:
         "figure": figure,
         "oracle": as_markdown(oracle_table(content)),
         "vector": as_markdown(measure_table(content, "vector", list(every))),
+        "residuals": as_markdown(residuals_table(content)),
         "others": "\n\n".join(others),
         "choice": as_markdown(choice_table(content)),
         "entries": "\n\n".join(entries),

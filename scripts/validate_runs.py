@@ -95,6 +95,7 @@ QUICK = Size(
     segments=2,
     families=("identity", "EK-FAC"),
     dampings=(1e-2, 1.0),
+    joint=("joint",),
     joint_dampings=(1.0,),
     more=("--data.max_examples", "80"),
 )

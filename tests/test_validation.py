@@ -227,7 +227,8 @@ def made_up(size: Size) -> Stored:
         losses = dict(zip(CAPABILITIES, (2 + change + 0.005 * random.standard_normal(4)).tolist(), strict=True))
         shares = dict(zip(DOMAINS, (tokens / tokens.sum()).tolist(), strict=True))
         return {"shares": shares, "total_tokens": float(tokens.sum()), "reference_loss": losses, "test_loss": losses,
-                "Q": float(np.mean(list(losses.values()))), "steps": 12}  # fmt: skip
+                "Q": float(np.mean(list(losses.values()))), "steps": 12,
+                "solver": {"joint 1": {"residuals": [[0.5, 0.3], [0.2, 0.4]]}}}  # fmt: skip
 
     for setting in size.settings:
         for seed in size.every_seed:
@@ -250,6 +251,7 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     assert np.array(free["oracle"]["matrix"]) == pytest.approx(TRUE, abs=0.05)
     assert free["estimators"]["oracle 0.1"]["off_diagonal"]["mean"] > 0.9
     assert free["estimators"]["oracle 0.1"]["size"]["mean"] == pytest.approx(9, rel=0.2)
+    assert free["residuals"] == pytest.approx({"joint 1": 0.4})
     assert free["verdict"]["mean"] and free["verdict"]["off_diagonal"]
     assert free["baselines"]["constant"]["vector"]["mean"] is None
     page = markdown(content, "figures/validation.svg")
