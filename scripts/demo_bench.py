@@ -1,4 +1,4 @@
-"""One inner loop on the demo for any mixture: what demo_sweep.py and demo_table.py are made of."""
+"""One inner loop on the demo for any mixture: what the demo's sweep and table, and the validation, are made of."""
 
 import dataclasses
 import json
@@ -6,10 +6,10 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,10 @@ from ideal.evaluation import evaluate, weighted
 from ideal.mixture import Mixture, build_mixture
 from ideal.model import load_model, load_tokenizer
 from ideal.preparation import with_demo
-from ideal.training import train
+from ideal.training import TrainingOutcome, train
 from main import ARGUMENTS
+
+Log = Callable[[int, dict[str, float]], None]
 
 
 def _ignore(*_: Any) -> None:
@@ -83,24 +85,41 @@ class Bench:
         """[n] ratios, up to a common factor, whose trained tokens have these shares [n]."""
         return shares / np.array([int(pool.trained_tokens.sum()) for pool in self.data.pools.values()])
 
+    def training(self, arguments: Mapping[str, Any]) -> "Bench":
+        """The same bench with further TrainingArguments."""
+        train = self.config.train
+        return replace(
+            self, config=replace(self.config, train=replace(train, arguments={**train.arguments, **arguments}))
+        )
+
     def run(self, mixture: Mixture, seed: int) -> Outcome:
         """Trains the base model on `mixture` and evaluates it."""
-        pad_id = int(self.tokenizer.pad_token_id)
         with tempfile.TemporaryDirectory() as scratch:
-            trained = train(
-                self.config.model,
-                self.config.train,
-                self.tokenizer,
-                self.data.pools,
-                mixture,
-                start=None,
-                folder=Path(scratch) / "model",
-                checkpoints=Path(scratch) / "checkpoints",
-                seed=seed,
-                log=_ignore,
-                on_step_time=_ignore,
-            )
-            model = load_model(self.config.model, Path(scratch) / "model", torch.float32)
+            trained, model = self.train(mixture, seed, Path(scratch))
+        return self.measure(mixture, trained, model)
+
+    def train(
+        self, mixture: Mixture, seed: int, scratch: Path, log: Log = _ignore
+    ) -> tuple[TrainingOutcome, torch.nn.Module]:
+        """Trains the base model on `mixture`; the Trainer's checkpoints, if it makes any, go to scratch/checkpoints."""
+        trained = train(
+            self.config.model,
+            self.config.train,
+            self.tokenizer,
+            self.data.pools,
+            mixture,
+            start=None,
+            folder=scratch / "model",
+            checkpoints=scratch / "checkpoints",
+            seed=seed,
+            log=log,
+            on_step_time=_ignore,
+        )
+        return trained, load_model(self.config.model, scratch / "model", torch.float32)
+
+    def measure(self, mixture: Mixture, trained: TrainingOutcome, model: torch.nn.Module) -> Outcome:
+        """The losses of a model that was trained on `mixture`."""
+        pad_id = int(self.tokenizer.pad_token_id)
         losses = [
             evaluate(model, sets, self.config.evaluation, pad_id=pad_id, description="evaluation")
             for sets in (self.data.references, self.data.tests)
@@ -126,8 +145,11 @@ class Results:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, lines)}
+        text = file.read_text() if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            file.write_text(whole)  # a kill cut the last line short
+        self.found: dict[str, dict[str, Any]] = {row["key"]: row for row in map(json.loads, whole.splitlines())}
 
     def add(self, key: str, values: Mapping[str, Any]) -> None:
         """Notes a finished job."""
@@ -145,6 +167,25 @@ class Job:
     ratios: dict[str, float]
     seed: int
     total_tokens: int | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    """Further TrainingArguments."""
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        """Trains and evaluates."""
+        bench = bench.training(self.training)
+        mixture = bench.mixture(bench.ratios(self.ratios), self.seed, self.total_tokens)
+        return {"seed": self.seed, **bench.run(mixture, self.seed).to_json()}
+
+
+class Task(Protocol):
+    """Anything that a worker can do; `Job` is one."""
+
+    @property
+    def key(self) -> str:
+        """Its name in the results."""
+
+    def run(self, bench: Bench) -> dict[str, Any]:
+        """What goes into the results, plain values."""
 
 
 _bench: Bench | None = None  # a worker process's own
@@ -157,10 +198,9 @@ def _open(more: Sequence[str]) -> None:
     _bench = Bench.open(more)
 
 
-def _do(job: Job) -> tuple[Job, Outcome]:
+def _do(task: Task) -> tuple[str, dict[str, Any]]:
     assert _bench is not None, "_open comes first"
-    mixture = _bench.mixture(_bench.ratios(job.ratios), job.seed, job.total_tokens)
-    return job, _bench.run(mixture, job.seed)
+    return task.key, task.run(_bench)
 
 
 class Workers:
@@ -179,10 +219,10 @@ class Workers:
     def __exit__(self, *_: object) -> None:
         self.pool.terminate()
 
-    def do(self, jobs: Sequence[Job], results: Results) -> None:
-        """Does the jobs that `results` lacks and adds them there."""
-        missing = [job for job in jobs if job.key not in results.found]
-        with progress(len(missing), "inner loops", unit="run") as bar:
-            for job, outcome in self.pool.imap_unordered(_do, missing):
-                results.add(job.key, {"seed": job.seed, **outcome.to_json()})
+    def do(self, tasks: Sequence[Task], results: Results, description: str = "inner loops", unit: str = "run") -> None:
+        """Does the tasks that `results` lacks and adds them there."""
+        missing = [task for task in tasks if task.key not in results.found]
+        with progress(len(missing), description, unit=unit) as bar:
+            for key, values in self.pool.imap_unordered(_do, missing):
+                results.add(key, values)
                 bar.update()

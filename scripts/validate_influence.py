@@ -1,0 +1,91 @@
+"""Does the influence predict what retraining does? On the embedded demo, over settings, estimators and seeds.
+
+    python scripts/validate_influence.py [estimate | oracle | page] [--processes 2] [--output runs/validation] [--quick]
+
+estimate: an unchanged inner loop for each start, passes and seed, and every estimator's influence matrix at its model.
+oracle: inner loops with every domain's volume changed up and down, in every setting. page: docs/validation.md, its
+figure and its numbers, from whatever is finished. Without a word all three, in this order. Every part goes on where it
+was stopped, run by run. --quick: a minute's worth, to see that everything works; its page goes to the output folder.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+os.chdir(ROOT)
+
+from demo_bench import Bench, Results, Workers  # noqa: E402
+from validate_content import Stored, content_of  # noqa: E402
+from validate_page import markdown, rendered  # noqa: E402
+from validate_runs import QUICK, Size, estimations, oracle_jobs  # noqa: E402
+
+from ideal.errors import UserError  # noqa: E402
+from ideal.report.files import write_atomically  # noqa: E402
+from ideal.run_folder import write_json, write_text  # noqa: E402
+
+PARTS = ("estimate", "oracle", "page")
+
+
+def run(output: Path, processes: int, size: Size, parts: Sequence[str], page: Path) -> None:
+    """The parts asked for. page: where the page goes, its figure and its numbers beside it."""
+    bench = Bench.open(size.more)
+    oracle, centres = Results(output / "oracle.jsonl"), Results(output / "centres.jsonl")
+    if {"estimate", "oracle"} & set(parts):
+        of_oracle, of_centres = size.loops(len(bench.domains))
+        print(f"{of_oracle} inner loops for the oracle, {of_centres} unchanged ones")
+        with Workers(processes, size.more) as workers:
+            if "estimate" in parts:
+                workers.do(estimations(size, size.every_seed), centres, "estimates", "model")
+            if "oracle" in parts:
+                workers.do(oracle_jobs(bench, size, size.every_seed), oracle)
+    if "page" in parts:
+        write_page(page, stored(bench, oracle, centres), size)
+
+
+def stored(bench: Bench, oracle: Results, centres: Results) -> Stored:
+    """The finished runs, in the demo's order of names."""
+    capabilities = list(bench.data.references)
+    weights = np.array([bench.data.weights[name] for name in capabilities])
+    return Stored(oracle.found, centres.found, bench.domains, capabilities, weights)
+
+
+def write_page(page: Path, runs: Stored, size: Size) -> None:
+    """The page, its figure, and all numbers. Raises UserError while there is too little."""
+    ready = [
+        seeds for seeds in (size.seeds, size.choosing) if any(len(runs.complete(s, seeds)) > 1 for s in size.settings)
+    ]
+    if len(ready) < 2:
+        raise UserError("no setting has two finished seeds of each kind yet: the parts estimate and oracle come first")
+    content = content_of(runs, size)
+    write_json(page.parent / page.stem / "validation.json", content)
+    write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
+    write_text(page, markdown(content, f"figures/{page.stem}.svg"))
+    print(f"wrote {page}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="all by default")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=Path("runs/validation"))
+    parser.add_argument("--quick", action="store_true", help="the smallest size, in a folder of its own")
+    given = parser.parse_args()
+    unknown = set(given.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    output = given.output / "quick" if given.quick else given.output
+    page = output / "validation.md" if given.quick else Path("docs/validation.md")
+    try:
+        run(output, given.processes, QUICK if given.quick else Size(), given.parts or PARTS, page)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
