@@ -9,11 +9,15 @@ import numpy as np
 class Limits:
     """least, most: [n] ratios (size / pool); 0 and inf where there is none, both 0 for a domain that stays out.
 
-    They hold before sizes are rounded to whole examples.
+    Sizes keep to them as rounded to whole examples.
     """
 
     least: np.ndarray
     most: np.ndarray
+
+    def sizes(self, pool_sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """[n] the least and [n] the most examples, halves rounded up as sizes are. pool_sizes: [n]."""
+        return np.floor(self.least * pool_sizes + 0.5), np.floor(self.most * pool_sizes + 0.5)
 
 
 def hold_total(amounts: np.ndarray, least: np.ndarray, most: np.ndarray, total: float) -> np.ndarray:

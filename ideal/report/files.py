@@ -23,11 +23,14 @@ class RoundFiles:
 
     number: int
     mixture: Json = field(default_factory=dict)
-    """round, total_tokens (trained tokens), domains: name -> pool, size, ratio, share, beta (led here)."""
+    """round, total_tokens (trained tokens), domains: name -> pool, size, ratio, share, beta (led here); held: name ->
+    the limit that it has come to."""
     evaluation: Json = field(default_factory=dict)
     """reference_loss and test_loss per capability (mean loss per trained token), Q, Q_test."""
     influence: Json = field(default_factory=dict)
     """domains, capabilities, matrix [R, n] (free form), matrix_fixed, alpha, standard_errors and more."""
+    change: Json = field(default_factory=dict)
+    """from_round, and predicted, observed and perhaps unscaled changes: reference_loss per capability, Q."""
     training: Json = field(default_factory=dict)
     """steps, training_loss, seconds, observed, is_result (whether its model may be the run's result)."""
     free_objective: dict[str, float] = field(default_factory=dict)
@@ -95,8 +98,10 @@ class RunFiles:
 
     @property
     def best(self) -> RoundFiles | None:
-        """The round that the run kept, or the result of lowest Q so far (the earliest of equal ones)."""
-        kept = self.round(self.mixture.get("round", -1))
+        """The round that the run kept, or the best result so far as the run says; without a word of it the one of
+        lowest Q (the earliest of equal ones)."""
+        best = self.state.get("best_round")
+        kept = self.round(self.mixture.get("round", -1 if best is None else best))
         if number(kept.evaluation.get("Q")) is not None:
             return kept
         return min(self.results, key=lambda r: (r.evaluation["Q"], r.number), default=None)
@@ -142,6 +147,7 @@ def load_run(folder: Path) -> RunFiles:
             mixture=read(path / "mixture.json", json.loads, dict),
             evaluation=read(path / "evaluation.json", json.loads, dict),
             influence=read(path / "influence.json", json.loads, dict),
+            change=read(path / "change.json", json.loads, dict),
             training=read(path / "training.json", json.loads, dict),
             free_objective=read(path / "influence.csv", _objective_row, dict),
         )

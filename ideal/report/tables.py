@@ -120,6 +120,26 @@ def loss_table(run: RunFiles, round_number: int, against: int | None = None) -> 
     return Table("", header, rows)
 
 
+def change_of_losses_table(run: RunFiles, round_number: int) -> Table:
+    """One row per capability, then Q and another objective: predicted and observed changes since the round before.
+
+    Empty for a round that no prediction led to.
+    """
+    found = run.round(round_number).change
+    kinds = [kind for kind in ("unscaled", "predicted", "observed") if kind in found]
+    names = list((found.get("observed") or {}).get("reference_loss") or {})
+    cells = [[name, *(signed(found[kind]["reference_loss"].get(name)) for kind in kinds)] for name in names]
+    for key in ("Q", "objective"):
+        cells += [[key, *(signed(found[kind].get(key)) for kind in kinds)]] * (key in found.get("observed", {}))
+    return Table("", [f"change of loss since round {found.get('from_round')}", *kinds], cells)
+
+
+def held_in_words(mixture: Json) -> str:
+    """Which domains have come to a limit, and to which; empty where none has."""
+    held = mixture.get("held") or {}
+    return "At a limit: " + ", ".join(f"{name} ({key})" for name, key in held.items()) if held else ""
+
+
 def best_table(run: RunFiles, best: int) -> Table:
     """The best round's losses, beside the start's where one led to the other."""
     return loss_table(run, best, against=0 if run.method.successive else best)
@@ -130,10 +150,13 @@ def overview_table(run: RunFiles) -> Table:
     against = "vs start" if run.method.successive else "vs round 0"
     header = ["round", "trained tokens", "Q", against] + ["Q (test)", against] * run.has_tests
     start, best = run.round(0).evaluation, run.best
+    keys = ["Q", *["Q_test"] * run.has_tests]
+    if "objective" in start:
+        header, keys = [*header, "objective", against], [*keys, "objective"]
 
     def row(name: str, tokens: Any, evaluation: Json) -> list[str]:
         cells = [name, count(tokens)]
-        for key in ["Q", "Q_test"] if run.has_tests else ["Q"]:
+        for key in keys:
             value = number(evaluation.get(key))
             known = evaluation is not start and evaluation is not run.base
             cells += [loss(value), relative(number(start.get(key)), value) if known else ""]
@@ -326,13 +349,18 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
     mixture, losses = mixture_table(run, round_number, next_mixture), loss_table(run, round_number)
     if mixture:
         doubtful = any(cell.endswith(UNCERTAIN) for row in mixture.rows for cell in row[1:])
-        parts.append(as_text(mixture) + f"\n{UNCERTAIN.strip()}: {DOUBT}" * doubtful)
+        held = held_in_words(next_mixture or run.round(round_number).mixture)
+        notes = [f"{UNCERTAIN.strip()}: {DOUBT}"] * doubtful
+        notes += [f"Next mixture: {held}" if next_mixture else held] * bool(held)
+        parts.append("\n".join([as_text(mixture), *notes]))
     parts += [as_text(losses)] * bool(losses)
+    changes = change_of_losses_table(run, round_number)
+    parts += [as_text(changes)] * bool(changes)
     if len(parts) == 1:
         parts.append("nothing recorded yet")
     best = run.best
     if best is not None and best.number == round_number and len(run.evaluated) > 1:
-        parts.append("The best round so far, by Q on the reference sets.")
+        parts.append(f"The best round so far, {chosen_by(run)}.")
     return "\n\n".join(parts)
 
 
@@ -365,9 +393,9 @@ def outcome(run: RunFiles) -> list[str]:
     elif len(run.evaluated) == 1:
         lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
     elif best.number == 0:
-        lines = [f"The start's mixture (round 0) has the lowest Q of rounds 0 to {last}: no step improved it."]
+        lines = [f"The start's mixture (round 0) is kept of rounds 0 to {last}: no step improved it, {chosen_by(run)}."]
     else:
-        lines = [f"Best round: {best.number} of rounds 0 to {last}, by Q on the reference sets."]
+        lines = [f"Best round: {best.number} of rounds 0 to {last}, {chosen_by(run)}."]
     names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
     for key, name in names.items():
         values = [("base model", run.base.get(key))]
@@ -387,12 +415,19 @@ def outcome(run: RunFiles) -> list[str]:
     return lines
 
 
+def chosen_by(run: RunFiles) -> str:
+    """What the best round was chosen by, in words."""
+    worst = run.setting("mixing.objective") == "worst"
+    text = "by the worst capability on the reference sets" if worst else "by Q on the reference sets"
+    return text + (", among those that keep to mixing.no_worse" if run.setting("mixing.no_worse") else "")
+
+
 def tries_in_words(run: RunFiles, best: RoundFiles) -> list[str]:
     """The best of rounds that stand beside each other, and their mean: the best of several is flattered by chance."""
     number_of = len(run.results)
     if number_of == 1:
         return [f"Result: round {best.number}."]
-    lines = [f"Best of {number_of} results: round {best.number}, by Q on the reference sets."]
+    lines = [f"Best of {number_of} results: round {best.number}, {chosen_by(run)}."]
     for key, name in {"Q": "reference", "Q_test": "test"}.items():
         values = [number(r.evaluation.get(key)) for r in run.results]
         known = [value for value in values if value is not None]
@@ -453,6 +488,12 @@ def loss(value: Any) -> str:
     """A loss with four decimals."""
     found = number(value)
     return MISSING if found is None else f"{found:.4f}"
+
+
+def signed(value: Any) -> str:
+    """A difference of losses with its sign and four decimals."""
+    found = number(value)
+    return MISSING if found is None else f"{found:+.4f}"
 
 
 def percent(value: Any) -> str:
