@@ -100,8 +100,8 @@ class RunFiles:
     def best(self) -> RoundFiles | None:
         """The round that the run kept, or the best result so far as the run says; without a word of it the one of
         lowest Q (the earliest of equal ones)."""
-        best = self.state.get("best_round")
-        kept = self.round(self.mixture.get("round", -1 if best is None else best))
+        chosen: Any = self.mixture.get("round", self.state.get("best_round"))
+        kept = self.round(-1 if chosen is None else chosen)
         if number(kept.evaluation.get("Q")) is not None:
             return kept
         return min(self.results, key=lambda r: (r.evaluation["Q"], r.number), default=None)
