@@ -448,3 +448,21 @@ def test_domains_that_are_left_out_stay_inside_the_figure(tmp_path: Path) -> Non
     drawn = [line for line in left.get_lines() if len(line.get_xdata()) == 3]
     np.testing.assert_array_equal([line.get_ydata() for line in drawn], [[30, np.nan, 1], [np.nan, 30, 1]])
     assert not any(line.get_linewidth() for line in drawn), "tries are points: nothing leads from one to the next"
+
+
+def test_predictions_and_limits_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2)
+    losses = dict.fromkeys(FIVE, -0.05)
+    changes = {kind: {"reference_loss": losses, "Q": q} for kind, q in (("predicted", -0.0421), ("observed", -0.0345))}
+    write(folder / "round_01" / "change.json", {"from_round": 0, **changes})
+    mixture = json.loads((folder / "round_01" / "mixture.json").read_text())
+    write(folder / "round_01" / "mixture.json", {**mixture, "held": {"math": "most_ratio"}})
+    run = load_run(folder)
+    table = tables.change_of_losses_table(run, 1)
+    assert table.header == ["change of loss since round 0", "predicted", "observed"]
+    assert table.rows[-1] == ["Q", "-0.0421", "-0.0345"] and len(table.rows) == 6
+    assert not tables.change_of_losses_table(run, 0)
+    text = round_table(run, 1)
+    assert "At a limit: math (most_ratio)" in text and "-0.0345" in text
+    page = render_report(folder).read_text()
+    assert "Predicted and observed" in page and "At a limit: math (most_ratio)." in page
