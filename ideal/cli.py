@@ -144,8 +144,8 @@ def influence_stage(run: Run) -> None:
     """`--stage influence`: the matrix of the given model on the given data, no training."""
     mixture = mixture_of_stage(run)
     with loaded_model(run, None) as model:
-        influence = estimate_influence(run, model, mixture)
-    content = influence_json(run, influence)
+        influence = estimate_influence(run, model, mixture, run.weights)
+    content = influence_json(run, influence, run.weights)
     write_json(run.folder.path / "influence.json", content)
     names = (influence.capabilities, influence.domains)
     table = influence_csv(*names, influence.matrix, content["objective_free"])

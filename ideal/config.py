@@ -24,7 +24,7 @@ from ideal.errors import UserError
 from ideal.evaluation import EvaluationConfig
 from ideal.influence import InfluenceConfig
 from ideal.machine import PlanConfig
-from ideal.mixers import MIXERS, MixingConfig
+from ideal.mixers import MIXERS, Mixer, MixingConfig
 from ideal.model import ModelConfig
 from ideal.scoring.scorers import SCORERS
 from ideal.settings import STRICT
@@ -33,7 +33,8 @@ from ideal.training import TRAINER_KEYS, TrainConfig
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 Tree = dict[str, Any]
 GROUPS = ("model", "data", "train", "influence", "mixing", "evaluation", "compare")
-OPEN = ("train.", "data.domains.", "data.capabilities.", "mixing.ratios.", "compare.overrides.")
+NAMED = ("data.domains", "data.capabilities", "mixing.ratios", "mixing.target", "mixing.no_worse")
+OPEN = ("train.", *(f"{key}." for key in NAMED), "compare.overrides.")
 """Beginnings of keys whose ends are names."""
 
 
@@ -185,6 +186,7 @@ def _check_across_groups(config: Config) -> None:
             "mixing.start: the surrogate compares rounds that each start from the base model; leave it at base, or set "
             "mixing.step to fixed"
         )
+    _check_demands(config, MIXERS[method])
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"
         raise UserError(f"{missing}: not given; give both it and the other (or neither, for the embedded demo)")
@@ -212,6 +214,27 @@ def check_scorers(config: Config) -> None:
                 f"{keys[name]}: is missing, and evaluation.choose_by: score needs one for every capability with a "
                 "weight; give one, or set the capability's weight to 0"
             )
+
+
+def _check_demands(config: Config, method: type[Mixer]) -> None:
+    """Raises UserError for what the method cannot keep to, or what has no meaning beside the other keys."""
+    mixing, domains = config.mixing, config.data.domains
+    for name, domain in domains.items() if isinstance(domains, dict) else ():
+        keys = [] if isinstance(domain, str) else [*domain.limits, *["pinned"] * domain.pinned]
+        if keys and not method.keeps_limits:
+            raise UserError(
+                f"data.domains.{name}.{keys[0]}: {mixing.method} cannot keep to it; leave it out, or choose "
+                "another method"
+            )
+    if mixing.no_worse is not None and method.moves() and not method.successive:
+        raise UserError(
+            f"mixing.no_worse: the rounds of {mixing.method} are tries, which nothing keeps from getting worse; "
+            "leave it out"
+        )
+    if mixing.max_total is not None and method.has_budget and mixing.budget == "fixed":
+        raise UserError("mixing.max_total: a fixed budget never grows; leave it out, or set mixing.budget to free")
+    if mixing.target is not None and mixing.objective != "worst":
+        raise UserError("mixing.target: only mixing.objective worst compares with it; leave it out")
 
 
 def _check_method(key: str, method: str) -> None:
@@ -304,7 +327,7 @@ def _nested(flat: Mapping[Any, Any], prefix: str = "") -> Tree:
     for key, value in flat.items():
         # A domain's name may hold a dot; only groups and their keys are split.
         head, _, rest = str(key).partition(".")
-        if rest and not prefix.startswith(("data.domains", "data.capabilities", "mixing.ratios", "train")):
+        if rest and not prefix.startswith((*NAMED, "train")):
             value = {rest: value}
         else:
             head = str(key)
@@ -355,8 +378,8 @@ def _chain(parts: list[str], value: Any) -> Tree:
 def _explain(error: ValidationError, tree: Tree, group: tuple[str, ...] = ()) -> str:
     """One line for the mistake that is named most exactly. group: where in `tree` pydantic's locations begin."""
     found = [(_path((*group, *e["loc"]), tree), e) for e in error.errors()]
-    # Of a short form and a mapping both are tried: what the mapping lacks says more than that it is no string.
-    path, detail = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] == "missing"))
+    # Of a short form and a mapping both are tried: what is wrong with the mapping says more than that it is no string.
+    path, detail = max(found, key=lambda pair: (len(pair[0]), pair[1]["type"] in ("missing", "value_error")))
     key = ".".join(path)
     if detail["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return unknown_key(key)

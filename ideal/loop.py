@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from ideal.influence import DomainSample, Influence, compute_influence, fixed_fo
 from ideal.influence.adaptive import DIRECTION_ERROR
 from ideal.influence.matrix import Errors, matrix_errors, objective_errors, uncertain_signs
 from ideal.mixers import MIXERS, Mixer, RoundResult, Setup, Step
+from ideal.mixers.limits import Limits
 from ideal.mixture import Mixture, build_mixture, mixture_of_sizes, round_half_up
 from ideal.model import DTYPES, load_model, merge_adapters, shard
 from ideal.online import Steering
@@ -60,6 +61,11 @@ class Run:
     ratios: np.ndarray
     """[n] the start ratios as the user gave them, in the order of data.pools."""
     arguments: TrainingArguments
+    limits: Limits | None = None
+    """of the ratios; None where no domain has one."""
+    target: np.ndarray | None = None
+    no_worse: np.ndarray | None = None
+    """[R] the losses of mixing.target and mixing.no_worse; None where none are given."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -67,18 +73,32 @@ class Run:
         """The configured method, with the base model's losses once they are known."""
         losses = None
         if self.folder.base_evaluation.is_file():
-            found = read_json(self.folder.base_evaluation)["reference_loss"]
-            losses = np.array([found[name] for name in self.data.references])
+            losses = reference_losses(self, read_json(self.folder.base_evaluation))
         setup = Setup(
             seed=self.config.seed,
             domains=tuple(self.data.pools),
             capabilities=tuple(self.data.references),
-            weights=np.array([self.data.weights[name] for name in self.data.references]),
+            weights=self.weights,
             pool_sizes=np.array([len(pool) for pool in self.data.pools.values()], dtype=np.float64),
             pool_tokens=np.array([tokens.sum() for tokens in self.trained_tokens.values()], dtype=np.float64),
             base_loss=losses,
+            served_by=self.data.served_by,
+            limits=self.limits,
+            target=self.target,
+            no_worse=self.no_worse,
         )
         return MIXERS[self.config.mixing.method](self.config.mixing, setup)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """[R] w_r, sum 1."""
+        return np.array([self.data.weights[name] for name in self.data.references])
+
+    @property
+    def size_limits(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """[n] least and [n] most examples of each domain; None where there is no limit."""
+        pools = np.array([len(pool) for pool in self.data.pools.values()])
+        return None if self.limits is None else self.limits.sizes(pools)
 
     @property
     def trained_tokens(self) -> dict[str, np.ndarray]:
@@ -107,6 +127,7 @@ def run_loop(run: Run) -> None:
         mixture = mixture_of_round(run, here, results, step)
         train_round(run, here, mixture, results)
         evaluation = evaluate_round(run, here)
+        write_change(run, here, evaluation)
         mixture = as_drawn(run, here, mixture)
         stop = stop_reason(run, number)
         influence = None
@@ -192,9 +213,26 @@ def mixture_of_round(run: Run, here: RoundFolder, results: list[RoundResult], st
         mixture = first_mixture(run)
     else:
         mixture = next_mixture(run, here.number, step)
-    write_json(here.mixture, mixture.to_json())
+    write_json(here.mixture, mixture_json(run, mixture))
     warn_of_repeats(run, mixture)
     return mixture
+
+
+def mixture_json(run: Run, mixture: Mixture) -> dict[str, Any]:
+    """The content of mixture.json, with the limits that domains have come to, by their keys, where there are any."""
+    found: dict[str, Any] = mixture.to_json()
+    if run.limits is None or run.size_limits is None:
+        return found
+    held = {}
+    for index, (name, domain) in enumerate(mixture.domains.items()):
+        given, (least, most) = run.data.domains[name], (bound[index] for bound in run.size_limits)
+        if domain.size and given.pinned:
+            held[name] = "pinned"
+        elif domain.size and domain.size == least:
+            held[name] = "least_ratio"
+        elif domain.size and domain.size == most:
+            held[name] = "most_ratio" if given.most_ratio == run.limits.most[index] else "most_repeats"
+    return {**found, "held": held} if held else found
 
 
 def given_mixture(run: Run) -> Mixture:
@@ -208,7 +246,14 @@ def first_mixture(run: Run) -> Mixture:
     ratios = run.mixer.start(run.ratios)
     if np.array_equal(ratios, run.ratios):
         return given
-    return build_mixture(run.trained_tokens, ratios, seed=run.config.seed, round=0, total_tokens=given.total_tokens)
+    return build_mixture(
+        run.trained_tokens,
+        ratios,
+        seed=run.config.seed,
+        round=0,
+        total_tokens=given.total_tokens,
+        sizes=run.size_limits,
+    )
 
 
 def warn_of_repeats(run: Run, mixture: Mixture) -> None:
@@ -232,6 +277,7 @@ def next_mixture(run: Run, number: int, step: Step) -> Mixture:
         round=number,
         beta=step.beta,
         total_tokens=total,
+        sizes=run.size_limits,
     )
 
 
@@ -323,7 +369,7 @@ def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:
     for name, rows in observed["rows"].items():
         content["domains"][name]["size"] = round_half_up(rows / observed["passes"])
     drawn = mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed)
-    write_json(here.mixture, drawn.to_json())
+    write_json(here.mixture, mixture_json(run, drawn))
     warn_of_repeats(run, drawn)
     return drawn
 
@@ -331,9 +377,38 @@ def as_drawn(run: Run, here: RoundFolder, mixture: Mixture) -> Mixture:
 def evaluate_round(run: Run, here: RoundFolder) -> Json:
     """The trained model's losses and scores."""
     evaluation = evaluated(run, here, wants_scores(run, here.number))
+    worse = too_high(run, evaluation)
+    if worse:
+        run.warn(
+            f"round {here.number}: {', '.join(worse)} came out worse than mixing.no_worse allows; the round is not the "
+            "result unless no round keeps to it"
+        )
     if here.training.is_file() and run.mixer.needs_influence:
         warn_if_memorised(run, here, evaluation["reference_loss"])
     return evaluation
+
+
+def write_change(run: Run, here: RoundFolder, evaluation: dict[str, Any]) -> None:
+    """change.json: how the losses and the objective changed since the round before, where its step predicted it."""
+    before = run.folder.round(here.number - 1)
+    if here.number == 0 or not exists(before.step):
+        return
+    said, then = read_json(before.step), read_json(before.evaluation)
+    found = {
+        name: change_of(then, after)
+        for name, after in (("unscaled", said.get("unscaled")), ("predicted", said.get("predicted")),
+                            ("observed", evaluation))
+        if after is not None
+    }  # fmt: skip
+    if "predicted" in found:
+        write_json(here.change, {"from_round": before.number, **found})
+
+
+def change_of(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Differences of two evaluations: reference losses by capability, Q, and the objective where there is one."""
+    old, new = before["reference_loss"], after["reference_loss"]
+    found: dict[str, Any] = {"reference_loss": {name: new[name] - old[name] for name in old}}
+    return found | {key: after[key] - before[key] for key in ("Q", "objective") if key in before}
 
 
 def check_losses(run: Run, here: RoundFolder, evaluation: dict[str, Any]) -> None:
@@ -377,20 +452,29 @@ def evaluate_model(run: Run, model: torch.nn.Module, description: str, number: i
             description=f"{description}: {kind} losses",
         )
         run.folder.log(f"{kind} losses", {"seconds": time.monotonic() - started}, round=number)
-    return {
+    found = {
         "reference_loss": losses["reference"],
         "test_loss": losses["test"],
         "Q": weighted(losses["reference"], run.data.weights),
         "Q_test": weighted(losses["test"], run.data.weights),
     }
+    if number is not None and run.config.mixing.objective != "mean":
+        found["objective"] = run.mixer.goal.value(reference_losses(run, found))
+    return found
+
+
+def reference_losses(run: Run, evaluation: dict[str, Any]) -> np.ndarray:
+    """[R] L_ref,r of an evaluation.json."""
+    return np.array([evaluation["reference_loss"][name] for name in run.data.references])
 
 
 def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> dict[str, Any]:
     """The content of influence.json, at this round's model."""
     if not exists(here.influence):
         with loaded_model(run, here) as model:
-            influence = estimate_influence(run, model, mixture)
-        content = influence_json(run, influence)
+            weights = weights_at(run, here)
+            influence = estimate_influence(run, model, mixture, weights)
+        content = influence_json(run, influence, weights)
         here.write_influence_csv(influence.capabilities, influence.domains, influence.matrix, content["objective_free"])
         write_json(here.influence, content)
         run.folder.log("influence", {"seconds": sum(influence.seconds.values())}, round=here.number)
@@ -398,21 +482,24 @@ def influence_of_round(run: Run, here: RoundFolder, mixture: Mixture) -> dict[st
     return dict(read_json(here.influence))
 
 
-def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture) -> Influence:
-    """The influence of the mixture's domains at `model`."""
+def weights_at(run: Run, here: RoundFolder) -> np.ndarray:
+    """[R] dF / dL_r of the objective F at a round's losses: w_r for the mean, whatever they are."""
+    return run.mixer.goal.pull(reference_losses(run, read_json(here.evaluation)))
+
+
+def estimate_influence(run: Run, model: torch.nn.Module, mixture: Mixture, weights: np.ndarray) -> Influence:
+    """The influence of the mixture's domains at `model`. weights: [R] of the capabilities in the objective."""
     samples = {name: DomainSample(run.data.pools[name], domain.counts) for name, domain in mixture.domains.items()}
-    weights = [run.data.weights[name] for name in run.data.references]
     influence = compute_influence(
-        model, samples, run.data.references, run.config.influence, run.config.seed, weights=weights
+        model, samples, run.data.references, run.config.influence, run.config.seed, weights=weights.tolist()
     )
     say(f"influence: {sampling_in_words(run, influence)}")
     return influence
 
 
-def influence_json(run: Run, influence: Influence) -> dict[str, Any]:
+def influence_json(run: Run, influence: Influence, weights: np.ndarray) -> dict[str, Any]:
     """The content of influence.json: what the engine found, w^T M in both forms, and standard errors by source."""
     config, budget = run.config.influence, run.config.mixing.budget
-    weights = np.array([run.data.weights[name] for name in influence.capabilities])
     fixed = fixed_form(influence.matrix, influence.shares)
     objectives = {"free": objective(influence.matrix, weights), "fixed": objective(fixed, weights)}
     errors = errors_of_forms(influence, weights)
@@ -484,8 +571,8 @@ def result_of(
         pool_sizes=np.array([domain.pool for domain in mixture.domains.values()], dtype=np.float64),
         ratios=mixture.ratios,
         shares=mixture.shares,
-        reference_loss=np.array([evaluation["reference_loss"][name] for name in run.data.references]),
-        weights=np.array([run.data.weights[name] for name in run.data.references]),
+        reference_loss=reference_losses(run, evaluation),
+        weights=run.weights,
         influence=matrix,
         influence_errors=errors,
         observed=observed,
@@ -496,20 +583,26 @@ def stop_reason(run: Run, number: int) -> str | None:
     """Why the run should end after round `number`, None if it should not."""
     if not run.mixer.successive:
         return None
-    found = {r: measure(run, read_json(run.folder.round(r).evaluation)) for r in range(number + 1)}
+    found = competing(run, range(number + 1))
     best = earliest_best(found, tie(run))
     assert best is not None
     if number - best < run.config.mixing.patience:
         return None
+    if number not in found:
+        return f"round {number} makes a capability worse than mixing.no_worse allows, as round {best} does not"
     this, other = f"{abs(found[number]):.4f}", f"{abs(found[best]):.4f}"
     if run.config.evaluation.choose_by == "score":
         return f"the score of round {number} ({this}) is not above round {best}'s ({other})"
-    return f"Q of round {number} ({this}) is not below round {best}'s ({other})"
+    name = "Q" if run.config.mixing.objective == "mean" else "the objective"
+    return f"{name} of round {number} ({found[number]:.4f}) is not below round {best}'s ({found[best]:.4f})"
 
 
 def measure(run: Run, evaluation: Json) -> float:
-    """What rounds are compared by, lower is better: Q, or the weighted score on the reference sets, negated."""
-    return -evaluation["score"] if run.config.evaluation.choose_by == "score" else evaluation["Q"]
+    """What rounds are compared by, lower is better: Q, the objective where it is another, or the weighted score on the
+    reference sets, negated."""
+    if run.config.evaluation.choose_by == "score":
+        return -float(evaluation["score"])
+    return float(evaluation["objective"] if "objective" in evaluation else evaluation["Q"])
 
 
 def tie(run: Run) -> float:
@@ -518,19 +611,36 @@ def tie(run: Run) -> float:
 
 
 def best_round(run: Run) -> int | None:
-    """The evaluated round of lowest Q (or highest score: evaluation.choose_by) on the reference sets, the earliest of
-    those that are as good, among those whose model may be the result; None before there is one."""
-    mixer, found = run.mixer, dict[int, float]()
-    for number in range(mixer.last_round() + 1):
+    """The evaluated round of the lowest measure, the earliest of those that are as good, among those that compete; None
+    before there is one."""
+    return earliest_best(competing(run, range(run.mixer.last_round() + 1)), tie(run))
+
+
+def competing(run: Run, numbers: Iterable[int]) -> dict[int, float]:
+    """The measures of the evaluated rounds among `numbers` that may be the result: their models may, and they keep to
+    mixing.no_worse, unless none does."""
+    mixer, found = run.mixer, dict[int, Json]()
+    for number in numbers:
         evaluation = run.folder.round(number).evaluation
         if mixer.is_result(number) and evaluation.is_file():
-            found[number] = measure(run, read_json(evaluation))
-    return earliest_best(found, tie(run))
+            found[number] = read_json(evaluation)
+    keeping = [number for number, evaluation in found.items() if not too_high(run, evaluation)]
+    return {number: measure(run, found[number]) for number in keeping or found}
+
+
+def too_high(run: Run, evaluation: Json) -> list[str]:
+    """The capabilities whose losses are above what mixing.no_worse allows, noise included."""
+    if run.config.mixing.no_worse is None:
+        return []
+    found, first = (reference_losses(run, e) for e in (evaluation, read_json(run.folder.round(0).evaluation)))
+    above = found > run.mixer.ceilings(first)
+    return [name for name, high in zip(run.data.references, above, strict=True) if high]
 
 
 def earliest_best(found: dict[int, float], tie: float) -> int | None:
     """The first round whose measure is within `tie` (relative) of the lowest; None where there is none."""
-    return next((number for number, value in found.items() if value <= min(found.values()) * (1 + tie)), None)
+    lowest = min(found.values(), default=0.0)
+    return next((number for number, value in found.items() if value <= lowest + tie * abs(lowest)), None)
 
 
 def needs_influence(run: Run, here: RoundFolder) -> bool:
@@ -564,7 +674,7 @@ def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
         write_json(run.folder.state, {"finished": False, "round": here.number, "best_round": best,
                                       "warnings": run.warnings})  # fmt: skip
         if new:
-            following = next_mixture(run, here.number + 1, step).to_json() if step else None
+            following = mixture_json(run, next_mixture(run, here.number + 1, step)) if step else None
             say("\n" + round_table(load_run(run.folder.path), here.number, following) + "\n")
         if run.config.keep_models == "final":
             drop_models(run, here.number, best)

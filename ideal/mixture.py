@@ -6,7 +6,7 @@ are nested, repeats are spread evenly (every example k times, the remainder with
 example is lost for good by resampling what was resampled.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +116,33 @@ def size_for_tokens(order: np.ndarray, trained_tokens: np.ndarray, target: float
     return int(passes) * len(order) + int(np.argmin(np.abs(reached - remainder)))
 
 
+def sizes_for_total(
+    orders: Sequence[np.ndarray],
+    tokens: Sequence[np.ndarray],
+    wanted: np.ndarray,
+    total: float,
+    least: np.ndarray,
+    most: np.ndarray,
+) -> np.ndarray:
+    """[n] the numbers of examples whose trained tokens are in the proportions `wanted` [n] and add up to `total`.
+
+    Examples along an order do not hold even parts of the pool's tokens: a size that comes out beyond its limit is set
+    to it, and the others make up for the difference. orders, tokens: per domain, [pool]. least, most: [n] examples.
+    """
+    sizes, open_ = np.zeros(len(wanted)), wanted > 0
+    while open_.any():
+        for i in np.flatnonzero(open_).tolist():
+            share = wanted[i] / wanted[open_].sum()
+            sizes[i] = size_for_tokens(orders[i], tokens[i], max(total, 0) * share)
+        beyond = open_ & ((sizes < least) | (sizes > most))
+        if not beyond.any():
+            break
+        sizes[beyond] = np.clip(sizes, least, most)[beyond]
+        total -= sum(counts_of(orders[i], int(sizes[i])) @ tokens[i] for i in np.flatnonzero(beyond).tolist())
+        open_ &= ~beyond
+    return sizes
+
+
 def build_mixture(
     trained_tokens: Mapping[str, np.ndarray],
     ratios: np.ndarray,
@@ -124,6 +151,7 @@ def build_mixture(
     round: int,
     beta: np.ndarray | None = None,
     total_tokens: int | None = None,
+    sizes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Mixture:
     """The mixture that `ratios` [n] (in the order of `trained_tokens`) give.
 
@@ -132,20 +160,22 @@ def build_mixture(
     total_tokens: with a fixed volume, the trained tokens that the mixture must hold; the ratios then only say
         in which proportion, and sizes follow from tokens, each domain within half an example. Without it,
         size = ratio x pool, rounded. A domain with a positive ratio keeps at least one example.
+    sizes: [n] least and [n] most examples of each domain (inf: no limit).
     """
     names = list(trained_tokens)
-    pool_tokens = np.array([int(trained_tokens[name].sum()) for name in names], dtype=np.float64)
-    wanted = np.asarray(ratios, dtype=np.float64) * pool_tokens
+    tokens = [trained_tokens[name] for name in names]
+    orders = [row_order(seed, name, len(trained_tokens[name])) for name in names]
+    least, most = (np.zeros(len(names)), np.full(len(names), np.inf)) if sizes is None else sizes
+    ratios = np.asarray(ratios, dtype=np.float64)
+    if total_tokens is None:
+        found = np.clip([round_half_up(r * len(pool)) for r, pool in zip(ratios, tokens, strict=True)], least, most)
+    else:
+        wanted = ratios * [int(pool.sum()) for pool in tokens]
+        found = sizes_for_total(orders, tokens, wanted, total_tokens, least, most)
     domains = {}
-    for index, name in enumerate(names):
-        tokens = trained_tokens[name]
-        order = row_order(seed, name, len(tokens))
-        if total_tokens is None:
-            size = round_half_up(ratios[index] * len(tokens))
-        else:
-            size = size_for_tokens(order, tokens, total_tokens * wanted[index] / wanted.sum())
-        counts = counts_of(order, max(size, 1) if ratios[index] > 0 else 0)
-        domains[name] = DomainMixture(counts, int(counts @ tokens))
+    for name, order, pool, size, ratio in zip(names, orders, tokens, found, ratios, strict=True):
+        counts = counts_of(order, max(int(size), 1) if ratio > 0 else 0)
+        domains[name] = DomainMixture(counts, int(counts @ pool))
     steps = np.zeros(len(names)) if beta is None else beta
     changes = [None if np.isnan(step) else float(step) for step in steps]
     return Mixture(round, domains, dict(zip(names, changes, strict=True)))

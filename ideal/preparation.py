@@ -1,5 +1,6 @@
 """From a configuration to a run that can start: its data loaded, everything that can be refused checked."""
 
+import json
 import math
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from ideal.distributed import is_main, together, world_size
 from ideal.errors import UserError
 from ideal.loop import Run, first_mixture, given_mixture
 from ideal.mixers import MIXERS
+from ideal.mixers.limits import Limits
 from ideal.mixture import Mixture
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.online import Steering
@@ -118,6 +120,7 @@ def checked_run(
     ratios = together(lambda: start_ratios(config, data))
     run = Run(config, folder, tokenizer, data, ratios, arguments)
     together(lambda: check_mixture(given_mixture(run)))
+    run = together(lambda: with_demands(run))
     mixture = together(lambda: first_mixture(run))
     together(lambda: check_steering(run, mixture))
     return run, mixture
@@ -130,6 +133,84 @@ def check_steering(run: Run, mixture: Mixture) -> None:
         steering = Steering(controller, run.data.references, run.data.weights, run.config.evaluation, [])
         plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, run.config.train)
         steered_rows(steering, run.data.pools, mixture, plan, run.tokenizer, run.config.seed)
+
+
+def with_demands(run: Run) -> Run:
+    """The run with what the user asks of its mixtures and losses, checked."""
+    mixing, data = run.config.mixing, run.data
+    no_worse = None if mixing.no_worse == "start" else mixing.no_worse
+    found = replace(
+        run,
+        limits=limits_of(run, given_mixture(run)),
+        no_worse=named_losses("mixing.no_worse", no_worse, data),
+        target=named_losses("mixing.target", mixing.target, data),
+    )
+    if found.target is not None:
+        for name, value in zip(data.references, found.target, strict=True):
+            if data.weights[name] and not math.isfinite(value):
+                raise UserError(f"mixing.target: gives no loss for {name}; give one for every capability with a weight")
+    return found
+
+
+def limits_of(run: Run, given: Mixture) -> Limits | None:
+    """The domains' limits as ratios; None where there are none. given: the start's mixture.
+
+    Raises UserError where the start lies outside, or where nothing may move.
+    """
+    domains = [run.data.domains[name] for name in run.data.pools]
+    if not any(domain.limits or domain.pinned for domain in domains):
+        return None
+    epochs = RoundPlan.of(given.total_rows, given.total_tokens, run.config.train).epochs
+    least, most = np.zeros(len(domains)), np.full(len(domains), np.inf)
+    for index, (name, domain, ratio) in enumerate(zip(run.data.pools, domains, run.ratios, strict=True)):
+        bounds = {"least_ratio": (1.0, 1), "most_ratio": (1.0, -1), "most_repeats": (1 / epochs, -1)}
+        for key, value in domain.limits.items():
+            unit, sign = bounds[key]
+            if sign * (value * unit - ratio) > 1e-9:
+                side = "above" if sign > 0 else "below"
+                shown = f"{ratio:g}" if key != "most_repeats" else f"{ratio:g} times {epochs:g} epochs"
+                raise UserError(
+                    f"data.domains.{name}.{key}: {value:g} is {side} the start ratio, {shown}; start within the limits"
+                )
+        most[index] = min(domain.most_ratio or np.inf, (domain.most_repeats or np.inf) / epochs)
+        least[index] = domain.least_ratio or 0.0
+        if domain.pinned or ratio == 0:
+            least[index] = most[index] = ratio
+    if not (least < most).any():
+        raise UserError("data.domains: every domain is pinned, so there is nothing to mix")
+    return Limits(least, most)
+
+
+def named_losses(key: str, given: dict[str, float] | str | None, data: Data) -> np.ndarray | None:
+    """[R] losses by capability from a mapping or another run's evaluation.json; inf for those that it leaves out.
+
+    Raises UserError for an unknown name, or for a file that holds no loss of these capabilities.
+    """
+    if given is None:
+        return None
+    if isinstance(given, str):
+        given = read_losses(key, Path(given))
+        if not given.keys() & data.references.keys():
+            raise UserError(f"{key}: the file has {', '.join(given)}; the run has {', '.join(data.references)}")
+    else:
+        for name in given:
+            if name not in data.references:
+                raise UserError(f"{key}: there is no capability {name!r}; there are {', '.join(data.references)}")
+    return np.array([given.get(name, np.inf) for name in data.references])
+
+
+def read_losses(key: str, path: Path) -> dict[str, float]:
+    """The reference losses in an evaluation.json."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        losses = {name: float(loss) for name, loss in content["reference_loss"].items()}
+    except FileNotFoundError:
+        raise UserError(f"{key}: no file {path}") from None
+    except (OSError, KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{key}: {path} is no evaluation.json (reference_loss by capability)") from None
+    if not all(math.isfinite(loss) and loss > 0 for loss in losses.values()):
+        raise UserError(f"{key}: {path} holds a loss that is not above 0")
+    return losses
 
 
 def data_sizes(run: Run, mixture: Mixture) -> DataSizes:

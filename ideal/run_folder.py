@@ -129,6 +129,11 @@ class RoundFolder:
         return self.path / "step.json"
 
     @property
+    def change(self) -> Path:
+        """change.json: what the step before predicted of the losses, and what was observed."""
+        return self.path / "change.json"
+
+    @property
     def training(self) -> Path:
         """training.json: steps, training loss, seconds, what a controller left, whether the model may be the result."""
         return self.path / "training.json"

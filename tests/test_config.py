@@ -131,6 +131,11 @@ def test_types_of_words():
         (["--train.max_steps", "5"], "mixing.budget: free has no meaning where train.max_steps"),
         (["--data.domains", "null"], "data.domains: not given"),
         (["--keep_models", "some"], "keep_models: 'some': "),
+        (["--mixing.budget", "fixed", "--mixing.max_total", "2"], "mixing.max_total: a fixed budget never grows"),
+        (["--mixing.max_total", "0.5"], "mixing.max_total: '0.5': "),
+        (["--mixing.target.math", "1"], "mixing.target: only mixing.objective worst compares"),
+        (["--mixing.no_worse.math", "0"], "mixing.no_worse.math: '0': "),
+        (["--mixing.no_worse", "start", "--mixing.method", "random"], "mixing.no_worse: the rounds of random are"),
     ],
 )
 def test_mistakes_on_the_command_line(words, message):
@@ -147,6 +152,18 @@ def test_mistakes_on_the_command_line(words, message):
         ("data: {domains: {a: {ratio: 1}, b: b.jsonl}}", "data.domains.a.train: is missing"),
         ("data: {domains: {a: {train: a, ratio: -1}, b: b.jsonl}}", "data.domains.a.ratio: -1: "),
         ("data: {domains: {a: {train: a, ratoi: 1}, b: b.jsonl}}", "unknown key data.domains.a.ratoi"),
+        (
+            "data: {domains: {a: {train: a, least_ratio: 2, most_ratio: 1}, b: b}}",
+            "data.domains.a: least_ratio (2) is above most_ratio (1)",
+        ),
+        (
+            "data: {domains: {a: {train: a, pinned: true, most_ratio: 1}, b: b}}",
+            "data.domains.a: pinned keeps the start ratio; leave out most_ratio",
+        ),
+        (
+            "data: {domains: {a: {train: a, pinned: true}, b: b}}\nmixing: {method: odm}",
+            "data.domains.a.pinned: odm cannot keep to it",
+        ),
         ("- 1", "config: "),
         ("seed: [", "config: "),
     ],

@@ -43,8 +43,8 @@ def content(influence: Influence, budget: str = "free", fraction: float | str = 
     config = Config()
     config.mixing.budget = budget  # type: ignore[assignment]
     config.influence.sample_fraction = fraction  # type: ignore[assignment]
-    run = SimpleNamespace(config=config, data=SimpleNamespace(weights=dict(zip(CAPABILITIES, WEIGHTS, strict=True))))
-    return json.loads(json.dumps(influence_json(run, influence), allow_nan=False))  # type: ignore[arg-type]
+    run = SimpleNamespace(config=config)
+    return json.loads(json.dumps(influence_json(run, influence, WEIGHTS), allow_nan=False))  # type: ignore[arg-type]
 
 
 def entries_covariance(influence: Influence, source: str) -> np.ndarray:

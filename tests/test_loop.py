@@ -346,6 +346,75 @@ def test_the_surrogate_goes_on_as_if_it_had_not_been_interrupted(data, tmp_path,
     assert "mixing.start: the surrogate compares rounds that each start from" in capsys.readouterr().err
 
 
+WISHES = {
+    "mixing__budget": "fixed",
+    "mixing__no_worse": "start",
+    "mixing__patience": 5,
+    "data__domains__math__pinned": "true",
+    "data__domains__reasoning__most_ratio": 1.05,
+    "data__max_examples": 20,
+}
+
+
+@pytest.mark.parametrize("step", ["fixed", "surrogate"])
+def test_what_the_user_asks_for_is_kept_to_and_said(data, tmp_path, quick, capsys, step):
+    """Limits and no_worse, in two runs of the same command in turn."""
+    wishes = {**WISHES, "mixing__step": step}
+    assert run(data, tmp_path / "run", **wishes) == 0
+    assert run(data, tmp_path / "run", **{**wishes, "mixing__rounds": 2}) == 0
+    said = capsys.readouterr().out
+    for mixture in mixtures(tmp_path / "run"):
+        sizes = {name: domain["size"] for name, domain in mixture["domains"].items()}
+        assert sizes["math"] == 20 and sizes["reasoning"] <= 21
+        assert mixture["held"]["math"] == "pinned"
+    assert "At a limit: math (pinned)" in said and "predicted  observed" in said
+    evaluations = losses(tmp_path / "run")
+    for number in (1, 2):
+        change = read(tmp_path / f"run/round_{number:02d}/change.json")
+        before, after = evaluations[number - 1 : number + 1]
+        assert change["from_round"] == number - 1
+        assert change["observed"]["Q"] == pytest.approx(after["Q"] - before["Q"])
+        predicted = read(tmp_path / f"run/round_{number - 1:02d}/step.json")["predicted"]
+        assert change["predicted"]["reference_loss"]["math"] == pytest.approx(
+            predicted["reference_loss"]["math"] - before["reference_loss"]["math"]
+        )
+    best, first = read(tmp_path / "run/mixture.json")["round"], evaluations[0]["reference_loss"]
+    assert all(loss <= first[name] * 1.02 for name, loss in evaluations[best]["reference_loss"].items())
+    assert read(tmp_path / "run/state.json")["finished"]
+
+
+def test_what_cannot_be_kept_to_is_refused_before_training(data, tmp_path, quick, capsys):
+    (tmp_path / "losses.json").write_text('{"reference_loss": {"math": 1.0}}')
+    refused = {
+        "data.domains.math.most_ratio: 0.5 is below the start ratio, 1": {"data__domains__math__most_ratio": 0.5},
+        "data.domains.math.most_repeats: 2 is below the start ratio, 1 times 3": {
+            "data__domains__math__most_repeats": 2, "train__num_train_epochs": 3},
+        "mixing.no_worse: there is no capability 'chess'": {"mixing__no_worse": "{chess: 1}"},
+        "mixing.no_worse: no file": {"mixing__no_worse": "nowhere.json"},
+        "mixing.target: gives no loss for reasoning": {
+            "mixing__objective": "worst", "mixing__target": tmp_path / "losses.json"},
+    }  # fmt: skip
+    for message, keys in refused.items():
+        assert run(data, tmp_path / "run", **keys) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "run/base").exists()
+
+
+def test_the_worst_capability_chooses_the_round(data, tmp_path, quick):
+    few = {"mixing__objective": "worst", "mixing__budget": "fixed", "data__max_examples": 16}
+    assert run(data, tmp_path / "run", **few) == 0
+    base = read(tmp_path / "run/base/evaluation.json")
+    assert "objective" not in base
+    found = losses(tmp_path / "run")
+    for loss in found:
+        distances = [loss["reference_loss"][name] / base["reference_loss"][name] - 1 for name in DOMAINS]
+        assert max(distances) - 0.05 * np.log(3) <= loss["objective"] <= max(distances)
+    objectives = [loss["objective"] for loss in found]
+    assert read(tmp_path / "run/mixture.json")["round"] == int(np.argmin(objectives))
+    influence = read(tmp_path / "run/round_00/influence.json")
+    assert not np.allclose(influence["weights"], 1 / 3), "alpha is the objective's derivative"
+
+
 def test_a_round_within_the_tie_of_the_best_is_kept_if_it_is_earlier():
     losses_of_rounds = {0: 1.0, 1: 0.905, 2: 0.9, 3: 1.1}
     assert [earliest_best(losses_of_rounds, tie) for tie in (0.0, 0.01, 0.2)] == [2, 1, 0]

@@ -185,3 +185,15 @@ def test_order_depends_on_seed_round_and_epoch():
 
 def test_halves_round_up():
     assert [round_half_up(v) for v in (0.5, 1.5, 2.5, 2.4999, 3.0)] == [1, 2, 3, 2, 3]
+
+
+def test_sizes_keep_to_limits_and_the_others_make_up_for_it():
+    """Half of b's tokens are in 1 or in 9 of its rows; it is to have 5, and a's even rows make up for the tokens."""
+    trained = {"a": np.full(40, 5), "b": np.concatenate([np.full(9, 2), [82]])}
+    free = build_mixture(trained, np.array([0.5, 0.5]), seed=3, round=1, total_tokens=150)
+    assert free.domains["b"].size != 5, "the case must be one that needs the limit"
+    bounds = np.array([0.0, 5.0]), np.array([np.inf, 5.0])
+    held = build_mixture(trained, np.array([0.5, 0.5]), seed=3, round=1, total_tokens=150, sizes=bounds)
+    assert held.domains["b"].size == 5 and abs(held.total_tokens - 150) <= 2.5
+    few = np.zeros(2), np.array([np.inf, 3.0])
+    assert build_mixture(trained, np.array([0.5, 0.5]), seed=3, round=1, sizes=few).domains["b"].size == 3

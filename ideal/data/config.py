@@ -57,6 +57,14 @@ class DomainConfig:
     """The capability's weight in the objective, relative to the others'."""
     ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """The start ratio: size in the first mixture / size of the pool."""
+    least_ratio: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """No mixture holds less of the domain than this ratio."""
+    most_ratio: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """No mixture holds more of the domain than this ratio."""
+    most_repeats: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """No example is seen more often than this in a round: ratio x epochs."""
+    pinned: bool = False
+    """Whether the domain keeps its start ratio."""
     format: str | None = None
     """The rows' format; left out: told from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -69,6 +77,16 @@ class DomainConfig:
             raise ValueError(
                 "a test set needs a capability: give a reference set too, or put both under data.capabilities"
             )
+        if self.least_ratio is not None and self.most_ratio is not None and self.least_ratio > self.most_ratio:
+            raise ValueError(f"least_ratio ({self.least_ratio:g}) is above most_ratio ({self.most_ratio:g})")
+        if self.pinned and self.limits:
+            raise ValueError(f"pinned keeps the start ratio; leave out {' and '.join(self.limits)}")
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given, by their keys; not `pinned`."""
+        given = {"least_ratio": self.least_ratio, "most_ratio": self.most_ratio, "most_repeats": self.most_repeats}
+        return {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass
@@ -83,6 +101,8 @@ class CapabilityConfig:
     """Rows that are only reported, never used for choosing."""
     weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     """The capability's weight in the objective, relative to the others'."""
+    domain: str | None = None
+    """The domain that is known to serve it, if one is; used where given, never needed."""
     format: str | None = None
     """The rows' format; left out: told from the columns."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -99,11 +119,13 @@ class DataConfig:
 
     domains: dict[str, str | DomainConfig] | str | None = None
     """The domains by name: each a folder with train.*, reference.* and test.*, or a mapping with train,
-    reference, test, weight, ratio, format, columns, scorer. Or one folder with a sub-folder per domain. Left out:
-    the demo. scorer: number, option, exact, unit_tests, instructions or choice (see evaluation.generate)."""
+    reference, test, weight, ratio, format, columns, scorer (number, option, exact, unit_tests, instructions or choice:
+    see evaluation.generate), and limits: least_ratio, most_ratio (size / pool), most_repeats (how often a round may
+    show an example), pinned (true: keeps its start ratio). Or one folder with a sub-folder per domain. Left out: the
+    demo."""
     capabilities: dict[str, CapabilityConfig] = field(default_factory=dict)
-    """Capabilities without a domain of their own, by name: reference, test, weight, format, columns,
-    scorer."""
+    """Capabilities without a domain of their own, by name: reference, test, weight, domain (the one that is known to
+    serve it), format, columns, scorer."""
     max_length: Annotated[int, Field(ge=2)] = 1024
     """Longer examples are cut off at this many tokens."""
     max_examples: Annotated[int, Field(ge=8)] | None = None

@@ -60,8 +60,10 @@ class Data:
     """Per capability that has one."""
     weights: dict[str, float]
     """Per capability, sum 1."""
-    ratios: dict[str, float]
-    """Per domain, the start ratios."""
+    domains: dict[str, DomainConfig]
+    """The domains as configured, short forms written out."""
+    served_by: dict[str, str]
+    """Per capability without a domain of its own that names one: the domain that serves it."""
     reports: list[SetReport]
     """Pools, then reference sets, then test sets."""
     notes: list[str]
@@ -70,6 +72,11 @@ class Data:
     """Of every reference and test set whose capability has a scorer: what can be scored."""
     end_ids: list[int]
     """The tokens that end an answer."""
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """Per domain, the start ratios."""
+        return {name: domain.ratio for name, domain in self.domains.items()}
 
 
 @dataclass
@@ -153,7 +160,8 @@ def _load(config: DataConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
         measured,
         tested,
         weights=_weights(capabilities),
-        ratios={name: domain.ratio for name, domain in domains.items()},
+        domains=domains,
+        served_by={name: given.domain for name, given in config.capabilities.items() if given.domain is not None},
         reports=[draft.report for drafts in (pools, references, tests) for draft in drafts.values()],
         notes=encoder.notes,
         scored=scored,
@@ -221,14 +229,18 @@ def resolve_capabilities(config: DataConfig, domains: Mapping[str, DomainConfig]
     """The domains' own capabilities, then the others.
 
     Raises:
-        UserError: there is none, two have one name, or all weights are 0.
+        UserError: there is none, two have one name, one names a domain that is not there, or all weights are 0.
     """
 
     def capability(given: DomainConfig | CapabilityConfig) -> Capability:
         return Capability(given.reference, given.test, given.weight, given.format, given.columns, given.scorer)
 
     own = {name: capability(domain) for name, domain in domains.items() if domain.reference != NO_REFERENCE}
-    for name in config.capabilities:
+    for name, given in config.capabilities.items():
+        if given.domain is not None and given.domain not in domains:
+            raise UserError(
+                f"data.capabilities.{name}.domain: there is no domain {given.domain!r}; there are {', '.join(domains)}"
+            )
         if name in own:
             raise UserError(
                 f"data.capabilities.{name}: the domain {name} has a capability of this name already; "

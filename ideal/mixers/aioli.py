@@ -142,6 +142,7 @@ class Aioli(Mixer):
     """One inner loop whose mixture is revised mixing.rounds times from probes on the way."""
 
     extends = False
+    keeps_limits = False
 
     def controller(self, number: int, rounds: Sequence[RoundResult]) -> Controller:
         """The one of the only round."""

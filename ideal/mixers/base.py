@@ -8,6 +8,8 @@ import numpy as np
 from pydantic import Field
 
 from ideal.mixers.controller import Controller
+from ideal.mixers.goal import Goal
+from ideal.mixers.limits import Limits, hold_total
 from ideal.settings import STRICT
 
 
@@ -32,6 +34,19 @@ class MixingConfig:
     of a model of all rounds' losses and influence (docs/methods.md), for which max_change limits the total's change"""
     budget: Literal["free", "fixed"] = "free"
     """ideal's total; free: it may grow or shrink (paper); fixed: trained tokens stay the same, as with all others"""
+    max_total: Annotated[float, Field(ge=1)] | None = None
+    """the most trained tokens that a free budget may come to, as a multiple of round 0's; none: no cap"""
+    objective: Literal["mean", "worst"] = "mean"
+    """what the rounds are chosen by, and what ideal lowers; mean: Q, the weighted mean reference loss; worst: a soft
+    maximum of the capabilities' relative distances to mixing.target (docs/methods.md)"""
+    target: dict[str, Annotated[float, Field(gt=0)]] | str | None = None
+    """for worst: each capability's reference loss to compare with, or an evaluation.json of another run (the best that
+    is known for each); none: the base model's, so that the capability that gains least counts"""
+    no_worse: dict[str, Annotated[float, Field(gt=0)]] | str | None = None
+    """reference losses that no capability may end above, by more than mixing.noise: a mapping by capability, an
+    evaluation.json of another run, or `start` (round 0's); ideal's steps avoid it, and the result is chosen by it"""
+    noise: Annotated[float, Field(ge=0)] = 0.02
+    """the relative difference of a reference loss between two training runs that counts as noise for mixing.no_worse"""
     start: Literal["base", "continue"] = "base"
     """each inner loop starts from the base model (paper), or continues from the last round's"""
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
@@ -53,6 +68,10 @@ class Setup:
     weights: [R] w_r, sum 1.
     pool_sizes, pool_tokens: [n] examples and trained tokens of each pool.
     base_loss: [R] L_ref,r of the base model per trained token; None before it is evaluated.
+    served_by: the domain that serves a capability, for those that name another than their own.
+    limits: of the ratios; None where no domain has one.
+    target, no_worse: [R] the losses that mixing.target and mixing.no_worse give; None where they give none
+        (`start` is known after round 0), inf in no_worse for a capability that is left out.
     """
 
     seed: int
@@ -62,6 +81,10 @@ class Setup:
     pool_sizes: np.ndarray
     pool_tokens: np.ndarray
     base_loss: np.ndarray | None
+    served_by: Mapping[str, str] = field(default_factory=dict)
+    limits: Limits | None = None
+    target: np.ndarray | None = None
+    no_worse: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +139,8 @@ class Mixer:
     """Whether `start` follows from `setup.base_loss`."""
     has_budget: ClassVar[bool] = False
     """Whether mixing.budget is this method's business; all others hold the start's trained tokens."""
+    keeps_limits: ClassVar[bool] = True
+    """Whether its mixtures keep to the domains' limits: not where it draws row by row, or trains on one alone."""
     whole_gradients: ClassVar[bool] = False
     """Whether a controller measures gradients, which train.fsdp does not allow."""
     successive: ClassVar[bool] = True
@@ -142,6 +167,23 @@ class Mixer:
     def keeps_volume(self) -> bool:
         """Whether every round holds the start's trained tokens; ratios then say in which proportion."""
         return not self.has_budget or self.config.budget == "fixed"
+
+    @property
+    def goal(self) -> Goal:
+        """What the rounds are chosen by; for `worst` with the base model's losses as target where none is given."""
+        if self.config.objective == "mean":
+            return Goal(self.setup.weights)
+        target = self.setup.base_loss if self.setup.target is None else self.setup.target
+        assert target is not None, "the base model is evaluated before any round"
+        return Goal(self.setup.weights, target)
+
+    def ceilings(self, first: np.ndarray) -> np.ndarray:
+        """[R] what each L_r may be at most by mixing.no_worse, noise included; inf where there is no such limit.
+
+        first: [R] round 0's losses.
+        """
+        given = first if self.config.no_worse == "start" else self.setup.no_worse
+        return np.full(len(first), np.inf) if given is None else given * (1 + self.config.noise)
 
     def last_round(self) -> int:
         """The number of the last round, when nothing stops the run before; rounds count from 0."""
@@ -177,8 +219,11 @@ class Mixer:
         return None
 
     def with_shares(self, shares: np.ndarray, ratios: np.ndarray) -> np.ndarray:
-        """[n] the ratios that have token shares [n] and the volume of `ratios` [n]."""
-        return ratios_of_shares(shares, ratios @ self.setup.pool_tokens, self.setup.pool_tokens)
+        """[n] the ratios that have token shares [n] and the volume of `ratios` [n], brought within the limits."""
+        tokens, limits = self.setup.pool_tokens, self.setup.limits
+        if limits is None:
+            return ratios_of_shares(shares, ratios @ tokens, tokens)
+        return hold_total(shares, limits.least * tokens, limits.most * tokens, ratios @ tokens) / tokens
 
     def step_to(self, shares: np.ndarray, last: RoundResult, **more: Any) -> Step:
         """The step from `last` to token shares [n] with the same volume; `more`: the Step's other fields."""

@@ -4,20 +4,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ideal.influence.matrix import fixed_form, objective
 from ideal.mixers.base import Mixer, RoundResult, Step
+from ideal.mixers.limits import Demands
+from ideal.mixers.paper_step import paper_step
 from ideal.mixers.surrogate_step import TIE, surrogate_step
-
-
-def fixed_step(alpha: np.ndarray, max_change: float) -> np.ndarray:
-    """[n] beta = -gamma alpha with gamma = m / max |alpha| (paper, section 3.3); zero where alpha is zero."""
-    largest = np.abs(alpha).max()
-    return np.zeros_like(alpha) if largest == 0 else -max_change * alpha / largest
-
-
-def keep_volume(beta: np.ndarray, shares: np.ndarray) -> np.ndarray:
-    """[n] 1 + beta_j divided by sum_k s_k (1 + beta_k): the same step with trained tokens kept (DESIGN 1)."""
-    return (1 + beta) / (shares @ (1 + beta)) - 1
 
 
 class Ideal(Mixer):
@@ -33,14 +23,19 @@ class Ideal(Mixer):
 
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
         """The surrogate's step from all rounds, or the paper's from the last round's influence matrix."""
-        last = rounds[-1]
-        assert last.influence is not None, "the loop estimates influence for mixers that need it"
-        fixed = self.config.budget == "fixed"
+        fixed, demands = self.config.budget == "fixed", self.demands(rounds[0])
         if self.config.step == "surrogate":
-            return surrogate_step(rounds, self.setup, fixed, self.config.max_change)
-        matrix = fixed_form(last.influence, last.shares) if fixed else last.influence
-        alpha = objective(matrix, last.weights)
-        beta = fixed_step(alpha, self.config.max_change)
-        if fixed:
-            beta = keep_volume(beta, last.shares)
-        return Step(last.ratios * (1 + beta), beta, alpha)
+            return surrogate_step(rounds, self.setup, self.goal, demands, fixed, self.config.max_change)
+        # A continued model has trained for longer: its losses say nothing about what the mixture did to them.
+        known = rounds if self.config.start == "base" else rounds[-1:]
+        return paper_step(known, self.setup, self.goal, demands, fixed, self.config.max_change)
+
+    def demands(self, first: RoundResult) -> Demands:
+        """What the next mixture must keep to. first: round 0."""
+        limits, n = self.setup.limits, len(self.setup.domains)
+        return Demands(
+            np.zeros(n) if limits is None else limits.least,
+            np.full(n, np.inf) if limits is None else limits.most,
+            self.ceilings(first.reference_loss),
+            (self.config.max_total or np.inf) * float(first.ratios @ self.setup.pool_tokens),
+        )

@@ -9,7 +9,8 @@ from ideal.mixers.base import Mixer, RoundResult, Setup, Step
 
 
 class Loss(Mixer):
-    """Token shares in proportion to w_r L_r, r being the capability of the domain's name.
+    """Token shares in proportion to w_r L_r, summed over the capabilities that the domain serves: that of its name, and
+    those without a domain of their own that name it (data.capabilities.NAME.domain).
 
     First by the base model's losses, then after every round by its model's. Source: none that we know of; the
     simplest way to give more to what is known less.
@@ -18,8 +19,8 @@ class Loss(Mixer):
     needs_base_loss = True
 
     def start(self, ratios: np.ndarray) -> np.ndarray:
-        """[n] ratios by the base model's losses. Raises UserError for a domain without a capability of its name."""
-        rows = own_capabilities(self.setup, ratios)
+        """[n] ratios by the base model's losses. Raises UserError for a domain that serves no capability."""
+        rows = capabilities_served(self.setup, ratios)
         if self.setup.base_loss is None:
             return ratios
         return self.with_shares(shares_by_loss(self.setup.base_loss, self.setup.weights, rows), ratios)
@@ -27,32 +28,33 @@ class Loss(Mixer):
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
         """The shares that the last round's losses give."""
         last = rounds[-1]
-        rows = own_capabilities(self.setup, last.ratios)
+        rows = capabilities_served(self.setup, last.ratios)
         return self.step_to(shares_by_loss(last.reference_loss, last.weights, rows), last)
 
 
-def own_capabilities(setup: Setup, ratios: np.ndarray) -> list[int | None]:
-    """[n] the capability of each domain's name; None for a domain that stays out.
+def capabilities_served(setup: Setup, ratios: np.ndarray) -> list[list[int]]:
+    """[n] the capabilities that each domain serves; none for a domain that stays out.
 
-    Raises UserError where there is none, or where none of them has a weight.
+    Raises UserError where one serves none, or where none of them has a weight.
     """
-    rows: list[int | None] = []
+    serving = [setup.served_by.get(name, name) for name in setup.capabilities]
+    rows: list[list[int]] = []
     for name, ratio in zip(setup.domains, ratios, strict=True):
-        if ratio > 0 and name not in setup.capabilities:
+        if ratio > 0 and name not in serving:
             raise UserError(
                 f"mixing.method: loss needs a capability of each domain's name, and {name} has none; "
                 f"give data.domains.{name}.reference, or choose another method"
             )
-        rows.append(setup.capabilities.index(name) if ratio > 0 else None)
-    if not any(setup.weights[row] for row in rows if row is not None):
+        rows.append([r for r, by in enumerate(serving) if by == name] if ratio > 0 else [])
+    if not any(setup.weights[r] for found in rows for r in found):
         raise UserError("mixing.method: loss has nothing to go by: the weights of the domains' capabilities are all 0")
     return rows
 
 
-def shares_by_loss(losses: np.ndarray, weights: np.ndarray, rows: Sequence[int | None]) -> np.ndarray:
-    """[n] w_r L_r / sum, with r = rows[j] for domain j; 0 where that is None.
+def shares_by_loss(losses: np.ndarray, weights: np.ndarray, rows: Sequence[Sequence[int]]) -> np.ndarray:
+    """[n] sum of w_r L_r over the capabilities r in rows[j] of domain j, all divided by their sum.
 
     losses, weights: [R] per trained token, w_r.
     """
-    pull = np.array([0.0 if row is None else weights[row] * losses[row] for row in rows])
+    pull = np.array([sum(weights[r] * losses[r] for r in found) for found in rows])
     return pull / pull.sum()

@@ -80,6 +80,8 @@ class OdmController(Controller):
 class Odm(Mixer):
     """One inner loop whose rows a bandit draws."""
 
+    keeps_limits = False
+
     def controller(self, number: int, rounds: Sequence[RoundResult]) -> Controller:
         """The bandit."""
         return OdmController()

@@ -13,6 +13,7 @@ class Specific(Mixer):
 
     successive = False
     extends = False
+    keeps_limits = False
 
     def last_round(self) -> int:
         """One round per domain, whatever mixing.rounds is."""

@@ -15,10 +15,12 @@ region that grows and shrinks is a trust region (Conn, Gould, Toint 2000, 6.1).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy.optimize import minimize
+
+from ideal.mixers.goal import Goal
 
 SMALLEST_SHARE = 0.015
 """No proposal goes below it, unless the best round does: at p = 0 the power law has no value."""
@@ -235,14 +237,17 @@ def prior(level: float, features: int, domains: int, own: int | None) -> tuple[n
     return mean, np.diag(spread**2)
 
 
-def best_round(objectives: Sequence[float], tolerance: float) -> int:
-    """The earliest round whose objective is within `tolerance` (relative) of the lowest."""
-    return next(i for i, found in enumerate(objectives) if found <= min(objectives) * (1 + tolerance))
+def best_round(objectives: Sequence[float], tolerance: float, allowed: Sequence[bool]) -> int:
+    """The earliest round whose objective is within `tolerance` (relative) of the lowest, among those that are allowed;
+    among all, where none is."""
+    found = {i: value for i, value in enumerate(objectives) if allowed[i] or not any(allowed)}
+    lowest = min(found.values())
+    return next(i for i, value in found.items() if value <= lowest + tolerance * abs(lowest))
 
 
-def noise_of_objective(model: Model, losses: np.ndarray, weights: np.ndarray) -> float:
-    """Standard deviation of Q from run to run at these losses [R], capabilities taken as independent."""
-    return float(np.sqrt(((weights * losses * model.noise) ** 2).sum()))
+def noise_of_objective(model: Model, losses: np.ndarray, goal: Goal) -> float:
+    """Standard deviation of the goal from run to run at these losses [R], capabilities taken as independent."""
+    return float(np.sqrt(((goal.pull(losses) * losses * model.noise) ** 2).sum()))
 
 
 def next_radius(radius: float, predicted: float, observed: float, noise: float) -> float:
@@ -259,10 +264,17 @@ def next_radius(radius: float, predicted: float, observed: float, noise: float) 
 
 @dataclass(frozen=True)
 class Region:
-    """Where the next mixture is looked for: features [K] between lower and upper."""
+    """Where the next mixture is looked for: features [K] between lower and upper.
+
+    least, most: [n] limits of each domain's volume against round 0's total, log p_j + log V. ceilings: [R] of the
+    expected log L_r. Without a limit: -inf and inf.
+    """
 
     lower: np.ndarray
     upper: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+    ceilings: np.ndarray
 
 
 def region_around(best: Observed, radius: float, volume_change: float) -> Region:
@@ -276,21 +288,41 @@ def region_around(best: Observed, radius: float, volume_change: float) -> Region
     shares = slice(len(best.shares))
     reach[len(best.shares) :] = np.log1p(volume_change)
     floor[shares] = np.minimum(np.log(SMALLEST_SHARE), centre[shares])
-    return Region(np.maximum(centre - reach, floor), np.minimum(centre + reach, np.where(np.isinf(floor), np.inf, 0.0)))
+    upper = np.minimum(centre + reach, np.where(np.isinf(floor), np.inf, 0.0))
+    free = np.full(len(best.shares), np.inf)
+    return Region(np.maximum(centre - reach, floor), upper, -free, free, np.full(len(best.losses), np.inf))
 
 
-def lowest_point(model: Model, weights: np.ndarray, centre: np.ndarray, region: Region, domains: int) -> np.ndarray:
-    """[K] the features of lowest expected Q in the region, shares adding up to 1.
+def lowest_point(model: Model, goal: Goal, centre: np.ndarray, region: Region) -> tuple[np.ndarray, bool]:
+    """[K] the features of lowest expected Q, or what else the goal is, in the region, shares adding up to 1; and
+    whether the region's ceilings are kept to there.
+
+    centre: [K]. Where no point is found that keeps to them, those that are exceeded at the centre are raised to what
+    is expected there.
+    """
+    point = search(model, goal, centre, region)
+    if point is not None:
+        return point, True
+    mean, variance = model.log_losses(centre)
+    raised = replace(region, ceilings=np.maximum(region.ceilings, mean + variance / 2))
+    point = search(model, goal, centre, raised)
+    return (centre if point is None else point), False
+
+
+def search(model: Model, goal: Goal, centre: np.ndarray, region: Region) -> np.ndarray | None:
+    """[K] the lowest point found in the region; None where none was found.
 
     Sequential quadratic programming from the centre [K] and from points towards each domain: shares that add up to
     1 make a curved set of logarithms, on which there may be more than one local minimum.
     """
-    counted = weights > 0
-    unit = float(weights @ model.losses(centre))
+    domains = len(region.least)
+    matrix, most = volume_limits(region)
+    limited = np.isfinite(region.ceilings)
+    unit = float(np.abs(goal.pull(model.losses(centre))) @ model.losses(centre))
 
     def objective(point: np.ndarray) -> tuple[float, np.ndarray]:
-        parts = weights[counted] * model.losses(point)[counted] / unit
-        return float(parts.sum()), parts @ model.gradients(point)[counted]
+        losses = model.losses(point)
+        return goal.value(losses) / unit, goal.pull(losses) * losses @ model.gradients(point) / unit
 
     def excess(point: np.ndarray) -> float:
         return float(np.exp(point[:domains]).sum() - 1)
@@ -298,20 +330,43 @@ def lowest_point(model: Model, weights: np.ndarray, centre: np.ndarray, region: 
     def excess_gradient(point: np.ndarray) -> np.ndarray:
         return np.concatenate([np.exp(point[:domains]), np.zeros(len(point) - domains)])
 
-    best, lowest = centre, objective(centre)[0]
+    def room(point: np.ndarray) -> np.ndarray:
+        mean, variance = model.log_losses(point)
+        return np.concatenate([(region.ceilings - mean - variance / 2)[limited], most - matrix @ point])
+
+    def room_gradient(point: np.ndarray) -> np.ndarray:
+        return -np.concatenate([model.gradients(point)[limited], matrix])
+
+    constraints = [{"type": "eq", "fun": excess, "jac": excess_gradient}]
+    if limited.any() or len(most):
+        constraints.append({"type": "ineq", "fun": room, "jac": room_gradient})
+    best, lowest = None, np.inf
+    if (room(centre) >= 0).all() and ((region.lower <= centre) & (centre <= region.upper)).all():
+        best, lowest = centre, objective(centre)[0]
     for begin in [centre, *(towards(centre, j, domains, region) for j in range(domains))]:
         found = minimize(
             objective,
-            begin,
+            np.clip(begin, region.lower, region.upper),
             jac=True,
             method="SLSQP",
             bounds=list(zip(region.lower, region.upper, strict=True)),
-            constraints={"type": "eq", "fun": excess, "jac": excess_gradient},
+            constraints=constraints,
             options={"ftol": 1e-10, "maxiter": 200},
         )
-        if np.isfinite(found.x).all() and abs(excess(found.x)) < 1e-6 and found.fun < lowest:
-            best, lowest = found.x, float(found.fun)
+        point = np.clip(found.x, region.lower, region.upper)
+        kept = np.isfinite(point).all() and abs(excess(point)) < 1e-6 and (room(point) > -1e-6).all()
+        if kept and found.fun < lowest:
+            best, lowest = point, float(found.fun)
     return best
+
+
+def volume_limits(region: Region) -> tuple[np.ndarray, np.ndarray]:
+    """G [C, K] and h [C] with G x <= h for the limits of log p_j + log V that there are."""
+    domains, width = len(region.least), len(region.lower)
+    volumes = np.eye(domains, width)
+    volumes[:, domains:] = 1.0
+    upper, lower = np.isfinite(region.most), np.isfinite(region.least)
+    return np.vstack([volumes[upper], -volumes[lower]]), np.concatenate([region.most[upper], -region.least[lower]])
 
 
 def towards(centre: np.ndarray, domain: int, domains: int, region: Region) -> np.ndarray:

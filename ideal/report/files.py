@@ -23,12 +23,15 @@ class RoundFiles:
 
     number: int
     mixture: Json = field(default_factory=dict)
-    """round, total_tokens (trained tokens), domains: name -> pool, size, ratio, share, beta (led here)."""
+    """round, total_tokens (trained tokens), domains: name -> pool, size, ratio, share, beta (led here); held: name ->
+    the limit that it has come to."""
     evaluation: Json = field(default_factory=dict)
     """reference_loss and test_loss per capability (mean loss per trained token), Q, Q_test; where the model has been
     scored, reference_score, test_score and their standard errors per capability, score, score_test."""
     influence: Json = field(default_factory=dict)
     """domains, capabilities, matrix [R, n] (free form), matrix_fixed, alpha, standard_errors and more."""
+    change: Json = field(default_factory=dict)
+    """from_round, and predicted, observed and perhaps unscaled changes: reference_loss per capability, Q."""
     training: Json = field(default_factory=dict)
     """steps, training_loss, seconds, observed, is_result (whether its model may be the run's result)."""
     free_objective: dict[str, float] = field(default_factory=dict)
@@ -97,7 +100,10 @@ class RunFiles:
     @property
     def measure(self) -> str:
         """What rounds are compared by, in words."""
-        return "the score on the reference sets" if self.by_score else "Q on the reference sets"
+        worst = self.setting("mixing.objective") == "worst"
+        name = "the score" if self.by_score else "the worst capability" if worst else "Q"
+        kept_to = ", among those that keep to mixing.no_worse" if self.setting("mixing.no_worse") else ""
+        return f"{name} on the reference sets{kept_to}"
 
     @property
     def evaluated(self) -> list[RoundFiles]:
@@ -111,8 +117,10 @@ class RunFiles:
 
     @property
     def best(self) -> RoundFiles | None:
-        """The round that the run kept, or the best result so far by `measure` (the earliest of equal ones)."""
-        kept = self.round(self.mixture.get("round", -1))
+        """The round that the run kept, or the best result so far as the run says; without a word of it the best by
+        `measure` (the earliest of equal ones)."""
+        chosen: Any = self.mixture.get("round", self.state.get("best_round"))
+        kept = self.round(-1 if chosen is None else chosen)
         if number(kept.evaluation.get("Q")) is not None:
             return kept
 
@@ -163,6 +171,7 @@ def load_run(folder: Path) -> RunFiles:
             mixture=read(path / "mixture.json", json.loads, dict),
             evaluation=read(path / "evaluation.json", json.loads, dict),
             influence=read(path / "influence.json", json.loads, dict),
+            change=read(path / "change.json", json.loads, dict),
             training=read(path / "training.json", json.loads, dict),
             free_objective=read(path / "influence.csv", _objective_row, dict),
         )

@@ -175,6 +175,26 @@ def answers_table(run: RunFiles, round_number: int | None) -> Table:
     return Table("", ["row", "score", "prompt", "answer", "expected", "found"], rows)
 
 
+def change_of_losses_table(run: RunFiles, round_number: int) -> Table:
+    """One row per capability, then Q and another objective: predicted and observed changes since the round before.
+
+    Empty for a round that no prediction led to.
+    """
+    found = run.round(round_number).change
+    kinds = [kind for kind in ("unscaled", "predicted", "observed") if kind in found]
+    names = list((found.get("observed") or {}).get("reference_loss") or {})
+    cells = [[name, *(signed(found[kind]["reference_loss"].get(name)) for kind in kinds)] for name in names]
+    for key in ("Q", "objective"):
+        cells += [[key, *(signed(found[kind].get(key)) for kind in kinds)]] * (key in found.get("observed", {}))
+    return Table("", [f"change of loss since round {found.get('from_round')}", *kinds], cells)
+
+
+def held_in_words(mixture: Json) -> str:
+    """Which domains have come to a limit, and to which; empty where none has."""
+    held = mixture.get("held") or {}
+    return "At a limit: " + ", ".join(f"{name} ({key})" for name, key in held.items()) if held else ""
+
+
 def best_table(run: RunFiles, best: int) -> Table:
     """The best round's losses, beside the start's where one led to the other."""
     return loss_table(run, best, against=0 if run.method.successive else best)
@@ -185,10 +205,13 @@ def overview_table(run: RunFiles) -> Table:
     against = "vs start" if run.method.successive else "vs round 0"
     header = ["round", "trained tokens", "Q", against] + ["Q (test)", against] * run.has_tests
     start, best = run.round(0).evaluation, run.best
+    keys = ["Q", *["Q_test"] * run.has_tests]
+    if "objective" in start:
+        header, keys = [*header, "objective", against], [*keys, "objective"]
 
     def row(name: str, tokens: Any, evaluation: Json) -> list[str]:
         cells = [name, count(tokens)]
-        for key in ["Q", "Q_test"] if run.has_tests else ["Q"]:
+        for key in keys:
             value = number(evaluation.get(key))
             known = evaluation is not start and evaluation is not run.base
             cells += [loss(value), relative(number(start.get(key)), value) if known else ""]
@@ -381,9 +404,12 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
     mixture, losses = mixture_table(run, round_number, next_mixture), loss_table(run, round_number)
     if mixture:
         doubtful = any(cell.endswith(UNCERTAIN) for row in mixture.rows for cell in row[1:])
-        parts.append(as_text(mixture) + f"\n{UNCERTAIN.strip()}: {DOUBT}" * doubtful)
-    scores = score_table(run, round_number)
-    parts += [as_text(losses)] * bool(losses) + [as_text(scores)] * bool(scores)
+        held = held_in_words(next_mixture or run.round(round_number).mixture)
+        notes = [f"{UNCERTAIN.strip()}: {DOUBT}"] * doubtful
+        notes += [f"Next mixture: {held}" if next_mixture else held] * bool(held)
+        parts.append("\n".join([as_text(mixture), *notes]))
+    scores, changes = score_table(run, round_number), change_of_losses_table(run, round_number)
+    parts += [as_text(table) for table in (losses, scores, changes) if table]
     if len(parts) == 1:
         parts.append("nothing recorded yet")
     best = run.best
@@ -423,8 +449,7 @@ def outcome(run: RunFiles) -> list[str]:
     elif len(run.evaluated) == 1:
         lines = ["One round was evaluated: there is nothing to compare the start's mixture with yet."]
     elif best.number == 0:
-        most = "highest score" if run.by_score else "lowest Q"
-        lines = [f"The start's mixture (round 0) has the {most} of rounds 0 to {last}: no step improved it."]
+        lines = [f"The start's mixture (round 0) is kept of rounds 0 to {last}: no step improved it, by {run.measure}."]
     else:
         lines = [f"Best round: {best.number} of rounds 0 to {last}, by {run.measure}."]
     names = {"Q": "Q on the reference sets", "Q_test": "Q on the test sets (not used for choosing)"}
@@ -523,6 +548,12 @@ def score(evaluation: Json, kind: str, capability: str | None) -> str:
     if found is None:
         return MISSING
     return f"{found:.3f}" + ("" if error is None else f" ± {error:.3f}")
+
+
+def signed(value: Any) -> str:
+    """A difference of losses with its sign and four decimals."""
+    found = number(value)
+    return MISSING if found is None else f"{found:+.4f}"
 
 
 def percent(value: Any) -> str:

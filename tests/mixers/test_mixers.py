@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from ideal.errors import UserError
 from ideal.mixers import MIXERS, Mixer, MixingConfig, RoundResult, Setup, Step
 from ideal.mixers.base import ratios_of_shares
-from ideal.mixers.ideal import fixed_step, keep_volume
+from ideal.mixers.paper_step import fixed_step, keep_volume
 from ideal.mixers.random import drawn_shares
 
 # Two capabilities (weights 1/4, 3/4), three domains.
@@ -87,7 +87,9 @@ def shares_for(data: st.DataObject, n: int) -> np.ndarray:
 def proposed(matrix: np.ndarray, shares: np.ndarray, **config: object) -> Step:
     n = len(shares)
     last = RoundResult(0, np.full(n, 50.0), np.ones(n), shares, np.ones(2), WEIGHTS, matrix)
-    step = mixer(**config).propose([last])
+    names = tuple(map(str, range(n)))
+    setup = replace(SETUP, domains=names, pool_sizes=last.pool_sizes, pool_tokens=1000 * shares)
+    step = MIXERS["ideal"](MixingConfig(**config), setup).propose([last])
     assert step is not None
     return step
 

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from ideal.mixers import MIXERS, MixingConfig, RoundResult, Setup, Step
+from ideal.mixers.goal import Goal
 from ideal.mixers.surrogate import (
     GROWTH,
     LARGEST_RADIUS,
@@ -143,8 +144,8 @@ def test_the_region_grows_shrinks_and_stays():
 
 
 def test_the_best_round_is_the_earliest_within_the_tie():
-    assert best_round([1.0, 0.905, 0.9, 1.1], 0.01) == 1
-    assert best_round([1.0, 0.905, 0.9, 1.1], 0.0) == 2
+    assert best_round([1.0, 0.905, 0.9, 1.1], 0.01, [True] * 4) == 1
+    assert best_round([1.0, 0.905, 0.9, 1.1], 0.0, [True] * 4) == 2
 
 
 def test_the_region_is_a_box_above_the_floor():
@@ -168,11 +169,11 @@ def test_the_lowest_point_by_hand():
     weights = np.array([0.25, 0.75])
     start = Observed(np.array([0.8, 0.2]), None, np.ones(2), None, None)
     model = certain(np.array([[-0.3, 0.0], [0.0, -0.5]]))
-    point = lowest_point(model, weights, start.features, region_around(start, 3.0, 0.1), 2)
+    point, _ = lowest_point(model, Goal(weights), start.features, region_around(start, 3.0, 0.1))
     shares, losses = np.exp(point), np.exp([-0.3 * point[0], -0.5 * point[1]])
     assert shares.sum() == pytest.approx(1, abs=1e-7)
     assert 0.25 * 0.3 * losses[0] / shares[0] == pytest.approx(0.75 * 0.5 * losses[1] / shares[1], rel=1e-4)
-    near = lowest_point(model, weights, start.features, region_around(start, 0.1, 0.1), 2)
+    near, _ = lowest_point(model, Goal(weights), start.features, region_around(start, 0.1, 0.1))
     assert np.exp(near[0]) == pytest.approx(1 - 0.2 * np.exp(0.1), rel=1e-6), "the box holds"
 
 
@@ -180,12 +181,12 @@ def test_what_is_uncertain_moves_less():
     """Two domains that promise the same: the one whose exponent is known worse gets less."""
     start = Observed(np.full(3, 1 / 3), None, np.ones(1), None, None)
     model = certain(np.array([[-0.3, -0.3, 0.0]]))
-    point = lowest_point(model, np.ones(1), start.features, region_around(start, 1.5, 0.1), 3)
+    point, _ = lowest_point(model, Goal(np.ones(1)), start.features, region_around(start, 1.5, 0.1))
     assert point[0] == pytest.approx(point[1], abs=1e-4)
     # log L is known where the run was: the level's error makes up for the exponent's there.
     error = 0.3 * np.array([-start.features[1], 0.0, 1.0, 0.0])
     model.covariance[0] = np.outer(error, error)
-    point = lowest_point(model, np.ones(1), start.features, region_around(start, 1.5, 0.1), 3)
+    point, _ = lowest_point(model, Goal(np.ones(1)), start.features, region_around(start, 1.5, 0.1))
     assert start.features[1] < point[1] < point[0] - 0.02
 
 

@@ -481,9 +481,9 @@ def test_scores_and_answers(tmp_path: Path, by: str, best: int) -> None:
     assert "math, test row 1" in page.text and "math, test row 2" in page.text and "math, test row 5" not in page.text
     assert "not shown" not in page.text and page.tags.count("b") == 2, "the template's own"
     measure = {"loss": "Q on the reference sets", "score": "the score on the reference sets"}[by]
-    assert f"Rounds are compared by {measure} alone" in page.text
-    summary = final_summary(run)
-    assert ("has the highest score of rounds 0 to 2" in summary) == (by == "score")
+    assert f"The best round is chosen by {measure} alone" in page.text
+    summary = " ".join(final_summary(run).split())
+    assert ("no step improved it, by the score on the reference sets" in summary) == (by == "score")
     assert "Score on the reference sets: base model 0.9000 -> start 0.8000" in summary
     console = round_table(run, 1)
     assert re.search(r"math +0.900 ± 0.012 +0.800 ± 0.012 +0.700 ± 0.012 +0.250 +0.250", console)
@@ -496,3 +496,21 @@ def test_a_run_without_scores_says_nothing_of_them(tmp_path: Path) -> None:
     assert "Scores" not in page.text and "score, 0 to 1" not in round_table(run, 1) + final_summary(run)
     (folder / "round_01" / "answers.jsonl").write_text("broken")
     assert not tables.answers_table(run, 1)
+
+
+def test_predictions_and_limits_are_shown(tmp_path):
+    folder = write_run(tmp_path / "run", FIVE, FIVE, 2)
+    losses = dict.fromkeys(FIVE, -0.05)
+    changes = {kind: {"reference_loss": losses, "Q": q} for kind, q in (("predicted", -0.0421), ("observed", -0.0345))}
+    write(folder / "round_01" / "change.json", {"from_round": 0, **changes})
+    mixture = json.loads((folder / "round_01" / "mixture.json").read_text())
+    write(folder / "round_01" / "mixture.json", {**mixture, "held": {"math": "most_ratio"}})
+    run = load_run(folder)
+    table = tables.change_of_losses_table(run, 1)
+    assert table.header == ["change of loss since round 0", "predicted", "observed"]
+    assert table.rows[-1] == ["Q", "-0.0421", "-0.0345"] and len(table.rows) == 6
+    assert not tables.change_of_losses_table(run, 0)
+    text = round_table(run, 1)
+    assert "At a limit: math (most_ratio)" in text and "-0.0345" in text
+    page = render_report(folder).read_text()
+    assert "Predicted and observed" in page and "At a limit: math (most_ratio)." in page
