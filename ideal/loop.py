@@ -391,7 +391,7 @@ def evaluate_round(run: Run, here: RoundFolder) -> Json:
 def write_change(run: Run, here: RoundFolder, evaluation: dict[str, Any]) -> None:
     """change.json: how the losses and the objective changed since the round before, where its step predicted it."""
     before = run.folder.round(here.number - 1)
-    if here.number == 0 or not exists(before.step):
+    if here.number == 0 or exists(here.change) or not exists(before.step):
         return
     said, then = read_json(before.step), read_json(before.evaluation)
     found = {
