@@ -665,7 +665,7 @@ def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
     if step is not None:
         for text in step.warnings:
             run.warn(text)
-        if step.information:
+        if step.information and not exists(here.step):
             write_json(here.step, _plain(dict(step.information)))
     here.finish()
     barrier()
