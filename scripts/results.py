@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from ideal.compare.figures import rendered
 from ideal.compare.tables import change, markdown
 from ideal.compare.writing import JSON_FILE
+from ideal.config import dump, flat, read_command
 from ideal.report.files import write_atomically
 from ideal.report.tables import MISSING
 from ideal.run_folder import read_json
+from main import ARGUMENTS
 
 FIGURES = {
     "score_and_cost": "Average loss against cost; hollow: joint, scaled to the volume of a method that grew the data,"
@@ -44,11 +46,24 @@ def settings(config: dict[str, Any]) -> str:
     )
 
 
+OWN = ("model.name_or_path", "data.domains", "mixing.method", "output_dir", "seed")
+"""Keys (or beginnings of keys) that differ between machines or between the runs of a comparison."""
+
+
 def command(compare: dict[str, Any], config: dict[str, Any]) -> str:
-    """What makes such a comparison again, but for the data's and the model's places."""
-    own = "" if config["model"]["name_or_path"] is None else " --config FILE"
-    given = [f"--compare.{key} {shlex.quote(json.dumps(value))}" for key, value in compare.items() if value]
-    return f"python main.py{own} --stage compare {' '.join(given)}"
+    """What makes such a comparison again: the keys that are not main.py's own, but for the model's and the data's
+    places."""
+    demo = config["model"]["name_or_path"] is None
+    places = [] if demo else ["--model.name_or_path", "MODEL", "--data.domains", "DATA"]
+    usual = flat(dump(read_command(ARGUMENTS, places).config))
+    given = {f"compare.{key}": value for key, value in compare.items() if value}
+    given |= {
+        key: value
+        for key, value in flat(config).items()
+        if not key.startswith(OWN) and value is not None and usual.get(key) != value
+    }
+    words = [f"--{key} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for key, v in given.items()]
+    return " ".join(["python main.py --stage compare", *places, *words])
 
 
 def section(folder: Path, name: str, figures: Path) -> str:

@@ -16,7 +16,7 @@ import pytest
 from miniature import arguments, files, python, read, run, start, torchrun
 
 from ideal.compare import stage as compare
-from ideal.config import read_command
+from ideal.config import dump, flat, read_command
 from ideal.errors import UserError
 from main import ARGUMENTS
 from scripts.results import page
@@ -174,7 +174,11 @@ def test_results_page(finished):
     assert "ideal: max_change 0.4." in text and "Seeds 3, 4." in text
     made_by = next(line for line in text.splitlines() if line.startswith("    python main.py"))
     words = shlex.split(made_by)
-    again = read_command(ARGUMENTS, words[words.index("--stage") :]).compare
+    made = read_command(ARGUMENTS, words[words.index("--stage") :])
+    again = made.compare
+    usual = flat(dump(read_command(ARGUMENTS, ["--model.name_or_path", "MODEL", "--data.domains", "DATA"]).config))
+    changed = {key for key, value in flat(dump(made.config)).items() if value != usual.get(key)}
+    assert changed == {"train.global_batch_size", "train.learning_rate", "train.disable_tqdm", "mixing.rounds"}
     assert (again.methods, again.seeds) == (["ideal", "odm"], list(SEEDS))
     assert again.overrides == {"ideal": {"max_change": "0.4"}}
 
