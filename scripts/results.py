@@ -37,6 +37,7 @@ def settings(config: dict[str, Any]) -> str:
     """What the runs have in common, from the config.yaml of one."""
     train, mixing = config["train"], config["mixing"]
     model = config["model"]["name_or_path"] or "the embedded demo"
+    model = Path(model).name if Path(model).is_absolute() else model  # where it lies is nobody's business
     steps = f"{train['max_steps']} steps" if train.get("max_steps", -1) > 0 else f"{train['num_train_epochs']} epochs"
     ratios = mixing["ratios"] or "1"
     return (
