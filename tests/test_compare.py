@@ -74,6 +74,22 @@ def result(output: Path, name: str, seed: int) -> tuple[dict[str, Any], dict[str
     return evaluation, read(folder / f"round_{number:02d}/mixture.json")
 
 
+def test_the_base_model_is_measured_once_per_seed(finished: Path) -> None:
+    """Every run has joint's numbers and seconds for it; another seed's are its own."""
+
+    def seconds(row: str, seed: int) -> list[float]:
+        lines = (finished / f"{row}/seed_{seed}/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        events = [event for event in map(json.loads, lines) if event["round"] is None]
+        return [event["values"]["seconds"] for event in events if event["phase"] == "reference losses"]
+
+    for seed in SEEDS:
+        measured = read(finished / f"joint/seed_{seed}/base/evaluation.json")
+        for row in ("ideal", "odm"):
+            assert seconds(row, seed) == seconds("joint", seed)
+            assert read(finished / f"{row}/seed_{seed}/base/evaluation.json") == measured
+    assert seconds("joint", SEEDS[0]) != seconds("joint", SEEDS[1])
+
+
 def test_a_row_per_method_and_one_for_the_control(finished):
     content = read(finished / "leaderboard.json")
     assert {found["row"] for found in content["rows"]} == ROWS

@@ -5,6 +5,8 @@
     output_dir/leaderboard.*        rewritten after each run
 """
 
+import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,8 +34,11 @@ from ideal.preparation import (
     with_demo,
 )
 from ideal.report import load_run
-from ideal.run_folder import RunFolder, remove
+from ideal.run_folder import RunFolder, read_json, remove, write_json
 from ideal.training import training_arguments
+
+BASE_PHASES = ("reference losses", "test losses", "scores")
+"""Events of metrics.jsonl without a round: what was measured of the base model."""
 
 
 @dataclass
@@ -226,7 +231,30 @@ def run_here(comparison: Comparison, config: Config, folder: RunFolder) -> None:
     run, _ = checked_run(whole, folder, arguments, tokenizer, data)
     together(lambda: folder.lock() if is_main() else None)
     folder.claim(dump(config), header(), [data_row(report) for report in data.reports])
+    together(lambda: share_base(comparison, config, folder) if is_main() else None)
     run_loop(run)
+
+
+def share_base(comparison: Comparison, config: Config, folder: RunFolder) -> None:
+    """Gives a run what joint's run of the same seed measured of the same base model, with the seconds that it took.
+
+    So every method's cost holds the same seconds for it, and a comparison spends them once per seed. Nothing is taken
+    where anything but the mixing differs, or where the run has measured the base model itself.
+    """
+    joint = RunFolder(comparison.place(JOINT, config.seed))
+    own = {"mixing", "output_dir"}
+    if joint.path == folder.path or folder.base_evaluation.is_file() or not joint.finished:
+        return
+    theirs, ours = (dump(each) for each in (comparison.config(JOINT, JOINT, config.seed), config))
+    if any(theirs[key] != ours[key] for key in theirs.keys() - own):
+        return
+    for event in map(json.loads, joint.metrics.read_text(encoding="utf-8").splitlines()):
+        if event["round"] is None and event["phase"] in BASE_PHASES:
+            folder.log(event["phase"], event["values"])
+    if joint.base_answers.is_file():
+        folder.base_answers.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(joint.base_answers, folder.base_answers)  # evaluation.json, written last, makes it count
+    write_json(folder.base_evaluation, read_json(joint.base_evaluation))
 
 
 def add_control(comparison: Comparison, method: str, done: RunNumbers, *, start: bool) -> None:
