@@ -177,9 +177,10 @@ def _check_across_groups(config: Config) -> None:
         )
     if config.train.arguments.get("fsdp") and MIXERS[method].whole_gradients:
         raise UserError(f"train.fsdp: {method} compares whole gradients, which sharded weights lack; leave it out")
-    if config.mixing.start == "continue" and not MIXERS[method].successive:
+    if config.mixing.start == "continue" and MIXERS[method].moves() and not MIXERS[method].continues:
         raise UserError(
-            f"mixing.start: the rounds of {method} stand beside each other, each from the base model; leave it at base"
+            f"mixing.start: the rounds of {method} are no parts of one training run; leave it at base, or use ideal or "
+            "loss"
         )
     if config.mixing.start == "continue" and config.mixing.step == "surrogate" and method == "ideal":
         raise UserError(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ideal.config import Config
 from ideal.data import Data
@@ -40,7 +41,7 @@ from ideal.run_folder import (
     write_json_lines,
 )
 from ideal.scores import Json, questions, score, summary
-from ideal.training import RoundPlan, train
+from ideal.training import Part, RoundPlan, train
 
 MANY_EPOCHS = 4
 """Passes over the same example beyond which repeats are worth little (Muennighoff et al. 2023)."""
@@ -299,11 +300,31 @@ def model_of(run: Run, number: int, results: list[RoundResult]) -> Path:
     return found
 
 
+def part_of(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> Part | None:
+    """Where this round stands in the one training run that mixing.start: continue makes of all; None: in none."""
+    if run.config.mixing.start == "base":
+        return None
+    checkpoint = checkpoint_of(run, here.number - 1, results) if here.number else None
+    done = sum(read_json(run.folder.round(number).training)["steps"] for number in range(here.number))
+    length = run.mixer.length(here.number)
+    steps = RoundPlan.of(mixture.total_rows, mixture.total_tokens, run.config.train, length).steps
+    # Where the volume is free later parts may turn out longer or shorter; the schedule is then stretched to them.
+    return Part(done, done + steps * (run.mixer.last_round() + 1 - here.number), checkpoint)
+
+
+def checkpoint_of(run: Run, number: int, results: list[RoundResult]) -> Path:
+    """The Trainer's checkpoint at the end of an earlier round; trained again first where it is gone."""
+    before = run.folder.round(number)
+    if not exists(before.checkpoints):
+        train_model(run, before, mixture_of_round(run, before, [], None), results[:number])
+    found = get_last_checkpoint(str(before.checkpoints))
+    assert found is not None, "a part of a training run leaves one"
+    return Path(found)
+
+
 def train_model(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> None:
     """The inner loop after `results`, the rounds before."""
-    mixer, start = run.mixer, None
-    if run.config.mixing.start == "continue" and here.number:
-        start = model_of(run, here.number - 1, results)
+    mixer, part = run.mixer, part_of(run, here, mixture, results)
     say(f"round {here.number}: training on {mixture.total_rows:,} examples, {mixture.total_tokens:,} trained tokens")
     partial = here.path / "model.part"
     if is_main():
@@ -322,19 +343,23 @@ def train_model(run: Run, here: RoundFolder, mixture: Mixture, results: list[Rou
         run.tokenizer,
         run.data.pools,
         mixture,
-        start=start,
         folder=partial,
         checkpoints=here.checkpoints,
         seed=run.config.seed,
         log=lambda step, values: run.folder.log("train", values, round=here.number, step=step),
         on_step_time=on_step_time,
         length=mixer.length(here.number),
+        part=part,
         steering=steering_of(run, here, results),
     )
     if is_main():
         write_json(here.training, {**asdict(outcome), "is_result": mixer.is_result(here.number)})
+        remove(here.model)
         os.replace(partial, here.model)
-        remove(here.checkpoints)
+        if part is None or here.number == mixer.last_round():
+            remove(here.checkpoints)
+        if here.number:
+            remove(run.folder.round(here.number - 1).checkpoints)
     run.folder.log("train", {"seconds": outcome.seconds}, round=here.number, step=outcome.steps)
     barrier()
 
@@ -581,7 +606,8 @@ def result_of(
 
 def stop_reason(run: Run, number: int) -> str | None:
     """Why the run should end after round `number`, None if it should not."""
-    if not run.mixer.successive:
+    # The parts of one training run are not to be compared before it is through: the model has trained for longer.
+    if not run.mixer.successive or run.config.mixing.start == "continue":
         return None
     found = competing(run, range(number + 1))
     best = earliest_best(found, tie(run))

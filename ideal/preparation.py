@@ -42,7 +42,10 @@ def check_folder(folder: RunFolder, command: Command) -> None:
         return
     if command.stage != "run" and folder.state.is_file():
         raise UserError(f"output_dir: {folder.path} holds a run of the loop; name another folder for this stage")
-    folder.check(dump(command.config), flat, MIXERS[command.config.mixing.method].extends)
+    mixing = command.config.mixing
+    # More rounds would make the parts of one training run shorter, the finished ones too.
+    extends = MIXERS[mixing.method].extends and mixing.start == "base"
+    folder.check(dump(command.config), flat, extends, flat(dump(Config())))
 
 
 def header() -> str:

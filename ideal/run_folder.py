@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import yaml
@@ -201,17 +202,22 @@ class RunFolder:
                 file.write(json.dumps(event) + "\n")
 
     def check(
-        self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]], extends: bool = True
+        self,
+        config: dict[str, Any],
+        flat: Callable[[dict[str, Any]], dict[str, Any]],
+        extends: bool = True,
+        defaults: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Raises UserError where the folder holds another configuration's run, or what no run wrote.
 
         extends: whether mixing.rounds may be more than before.
+        defaults: by dotted key, what a key had that the version which began the run did not know yet.
         """
         nearest = next(path for path in (self.path, *self.path.absolute().parents) if path.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK):
             raise UserError(f"output_dir: {self.path} cannot be made: {nearest} is no folder that can be written")
         if self.config.is_file():
-            self._compare(config, flat, extends)
+            self._compare(config, flat, extends, defaults)
         elif self.path.exists() and (not self.path.is_dir() or self._foreign()):
             raise UserError(
                 f"output_dir: {self.path} exists and holds something that is not a run; name another folder"
@@ -255,13 +261,17 @@ class RunFolder:
         write_json(self.data, data)
 
     def _compare(
-        self, config: dict[str, Any], flat: Callable[[dict[str, Any]], dict[str, Any]], extends: bool
+        self,
+        config: dict[str, Any],
+        flat: Callable[[dict[str, Any]], dict[str, Any]],
+        extends: bool,
+        defaults: Mapping[str, Any],
     ) -> None:
         try:
             before = flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
         except (yaml.YAMLError, AttributeError):
             raise UserError(f"output_dir: {self.config} cannot be read; name another folder") from None
-        now = flat(config)
+        now, before = flat(config), {**defaults, **before}
         changed = [
             f"{key} ({before.get(key, 'not set')} -> {now.get(key, 'not set')})"
             for key in dict.fromkeys([*before, *now])

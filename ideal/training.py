@@ -190,12 +190,27 @@ class RoundPlan:
         return RoundPlan(steps_per_epoch, math.ceil(length * whole), trained_tokens / steps_per_epoch)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A round's place in one training run that all rounds share (mixing.start: continue).
+
+    done: optimizer steps before it. total: those of the whole run, over which the learning rate is scheduled.
+    checkpoint: the Trainer's, with the optimizer, after `done` steps; None at the start.
+    """
+
+    done: int
+    total: int
+    checkpoint: Path | None
+
+
 class RoundRows(Dataset):
     """All of a round's rows in the order they are trained on, epoch after epoch, in whole global batches.
 
     A finite sequence and not a shuffled epoch, so that the rows of step k are the same whatever the number of
     processes and accumulation, and a killed run continues at the same row. The rows that fill the last batch of
     an epoch are masked: they move nothing, and no example is repeated or left out.
+
+    done: optimizer steps of earlier rounds in the same training run. Their places come first, for the Trainer to skip.
     """
 
     def __init__(
@@ -206,17 +221,19 @@ class RoundRows(Dataset):
         global_batch: int,
         pad_id: int,
         seed: int,
+        done: int = 0,
     ) -> None:
         self.pools, self.mixture, self.plan, self.seed = pools, mixture, plan, seed
-        self.global_batch = global_batch
+        self.global_batch, self.done = global_batch, done
         self.filler = {"input_ids": [pad_id], "labels": [IGNORED]}
         self.epoch, self.order = -1, training_rows(mixture, seed, 0)
 
     def __len__(self) -> int:
-        return self.plan.steps * self.global_batch
+        return (self.done + self.plan.steps) * self.global_batch
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        epoch, place = divmod(index, self.plan.steps_per_epoch * self.global_batch)
+        own = index - self.done * self.global_batch
+        epoch, place = divmod(own, self.plan.steps_per_epoch * self.global_batch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, training_rows(self.mixture, self.seed, epoch)
         if place >= len(self.order):
@@ -238,22 +255,39 @@ class StepLog(TrainerCallback):
 
     def __init__(self, log: Callable[[int, dict[str, float]], None], on_step_time: Callable[[float], None]) -> None:
         self.log, self.on_step_time = log, on_step_time
-        self.started = 0.0
+        self.first, self.started = 0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Notes where this process begins: a continued run's steps are counted from its start."""
+        self.first = state.global_step
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Starts the clock at the second step: the first one warms up."""
-        if state.global_step == 1:
+        if state.global_step == self.first + 1:
             self.started = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Reports seconds per step after five of them."""
-        if state.global_step == 6 and self.started:
+        if state.global_step == self.first + 6:
             self.on_step_time((time.monotonic() - self.started) / 5)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         """Hands on the numbers of one log event."""
         if logs:
             self.log(state.global_step, {k: v for k, v in logs.items() if k != "epoch"})
+
+
+class EndOfPart(TrainerCallback):
+    """Stops a training run where a round's part ends, with a checkpoint from which the next one goes on."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the part's last step."""
+        if state.global_step == self.last:
+            control.should_training_stop = True
+            control.should_save = self.last < state.max_steps
 
 
 class QuietProgress(ProgressCallback):
@@ -288,20 +322,21 @@ def train(
     pools: Mapping[str, ExampleSet],
     mixture: Mixture,
     *,
-    start: Path | None,
     folder: Path,
     checkpoints: Path,
     seed: int,
     log: Callable[[int, dict[str, float]], None],
     on_step_time: Callable[[float, int], None],
     length: float = 1.0,
+    part: Part | None = None,
     steering: Steering | None = None,
 ) -> TrainingOutcome:
-    """Trains on `mixture` and writes the model to `folder`, in the base checkpoint's data type.
+    """Trains the base model on `mixture` and writes it to `folder`, in the base checkpoint's data type.
 
-    start: the model to start from (None: the base model). checkpoints: where the Trainer keeps its own, from
-    which a killed inner loop continues if train.save_strategy asks for them. length: the part of an inner loop's
-    steps to take. steering: what decides from within what each step trains on, if anything does;
+    checkpoints: where the Trainer keeps its own, from which a killed inner loop continues if train.save_strategy asks
+    for them. length: the part of an inner loop's steps to take. part: where these steps stand in one training run of
+    all rounds; None: they are a run of their own. With it the last checkpoint stays, unless the run has come to its
+    end. steering: what decides from within what each step trains on, if anything does;
     without it each step's rows follow from `mixture` alone.
     Raises UserError when the loss is not finite any more.
     """
@@ -318,18 +353,21 @@ def train(
     round_seed = int(generator(seed, mixture.round, "training").integers(2**31))
     set_seed(round_seed)  # before the model, so that new adapters are the same on every rank and in every rerun
     arguments = training_arguments(config, checkpoints, round_seed)
-    arguments.max_steps = plan.steps
+    part = part or Part(0, plan.steps, None)
+    last = part.done + plan.steps
+    arguments.max_steps = part.total
+    arguments.save_only_model &= last == part.total  # the next part needs the optimizer
     arguments.logging_steps = min(arguments.logging_steps, plan.steps)  # a short inner loop has a loss too
-    model = load_model(model_config, start, DTYPES[model_config.dtype], trainable=True)
+    model = load_model(model_config, None, DTYPES[model_config.dtype], trainable=True)
     shared: dict[str, Any] = {
         "model": model,
         "args": arguments,
-        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps))],
+        "callbacks": [StepLog(log, lambda seconds: on_step_time(seconds, plan.steps)), EndOfPart(last)],
     }
     trainer: Trainer
     if rows is None:
         trainer = InnerLoopTrainer(
-            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed),
+            train_dataset=RoundRows(pools, mixture, plan, config.global_batch_size, pad_id, seed, part.done),
             data_collator=lambda rows: collate(rows, pad_id),
             compute_loss_func=lambda outputs, labels, num_items_in_batch=None: (
                 summed_token_loss(outputs.logits, labels) / plan.tokens_per_step
@@ -344,8 +382,9 @@ def train(
     if not arguments.disable_tqdm:
         trainer.add_callback(QuietProgress())
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    own = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=own or (part.checkpoint and str(part.checkpoint)))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > part.done]
     _check_loss(losses, config)
     _check_equal_weights(trainer)
     state = trainer.accelerator.get_state_dict(trainer.model)

@@ -108,7 +108,6 @@ class Bench:
             self.tokenizer,
             self.data.pools,
             mixture,
-            start=None,
             folder=scratch / "model",
             checkpoints=scratch / "checkpoints",
             seed=seed,

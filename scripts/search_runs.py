@@ -94,6 +94,9 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
         setting(JOINT),
         setting("ideal", rounds=loops - 1, step="fixed"),
         setting("ideal, surrogate", "ideal_surrogate", "ideal", rounds=loops - 1, step="surrogate"),
+        # Two steps within one training run, the demo's own number.
+        setting("ideal, one run", "ideal_continue", "ideal", rounds=2, step="fixed", start="continue"),
+        setting("power_law", rounds=loops - 1),
         setting("loss", rounds=loops - 1),
         setting("random", rounds=loops - 1),
         setting("uniform"),

@@ -151,7 +151,6 @@ def run_case(
             tokenizer,
             pools,
             make_mixture(pools),
-            start=None,
             folder=out / "model",
             checkpoints=out / "checkpoints",
             seed=SEED,

@@ -96,7 +96,6 @@ def run_training(task: Task, model: Path, out: Path) -> None:
         AutoTokenizer.from_pretrained(BASE_MODEL),
         pools,
         build_mixture(tokens, np.ones(len(pools)), seed=0, round=0),
-        start=None,
         folder=out / "model",
         checkpoints=out / "checkpoints",
         seed=0,

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ import yaml
 from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ideal import loop, training
 from ideal.loop import earliest_best, evaluate_model
+from ideal.mixture import training_rows
 
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
 
@@ -302,32 +305,65 @@ def test_restart_starts_over_and_touches_nothing_else(data, tmp_path, quick, cap
 # Variants
 
 
-def test_continue_starts_where_the_last_round_ended(data, tmp_path, quick):
-    """Each round trains on: the loss of round 1 is far below that of a round from the base model."""
-    few = {"mixing__rounds": 1, "mixing__max_change": 0.01, "mixing__patience": 3}
-    assert run(data, tmp_path / "base", **few) == 0
-    assert run(data, tmp_path / "on", **few, mixing__start="continue") == 0
-    base, on = losses(tmp_path / "base"), losses(tmp_path / "on")
-    assert on[0]["Q"] == base[0]["Q"]
-    assert on[1]["Q"] < base[1]["Q"] - 0.1
-    assert abs(base[1]["Q"] - base[0]["Q"]) < 0.1
+# So that the mixture stays as it is, for a comparison with one undivided inner loop.
+STILL = {"mixing__max_change": 1e-9, "mixing__start": "continue", "mixing__budget": "fixed", "data__max_examples": 16}
+
+
+def training_log(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, learning rate, loss) of every logged step."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(e["step"], e["values"]["learning_rate"], e["values"]["loss"]) for e in events if "loss" in e["values"]]
 
 
 @pytest.mark.parametrize("lora", [0, 4])
-def test_continued_run_with_more_rounds_starts_from_the_last_round(data, tmp_path, quick, lora):
-    """Also where models are gone: another round's was the best, or of LoRA only the merged one is kept."""
-    few = {
-        "data__max_examples": 16,
-        "mixing__start": "continue",
-        "mixing__patience": 5,
-        "model__lora__rank": lora,
-    }
-    # So high a rate that later rounds are no better.
-    few["train__learning_rate"] = 3e-2
-    assert run(data, tmp_path / "whole", **{**few, "mixing__rounds": 2, "keep_models": "all"}) == 0
-    assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 1}) == 0
-    assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 2}) == 0
-    assert_same_run(tmp_path / "grown", tmp_path / "whole")
+def test_continue_is_one_training_run(data, tmp_path, quick, monkeypatch, lora):
+    """Three parts of an epoch each: rates, losses and weights are those of three epochs in one inner loop."""
+
+    def same_orders(mixture, seed, epoch):
+        """Round 2's first epoch is shuffled as round 0's third."""
+        return training_rows(replace(mixture, round=0), seed, mixture.round + epoch)
+
+    monkeypatch.setattr(training, "training_rows", same_orders)
+    few = {**STILL, "train__num_train_epochs": 3, "train__logging_steps": 1, "model__lora__rank": lora}
+    assert run(data, tmp_path / "parts", **few, mixing__rounds=2, keep_models="all") == 0
+    assert run(data, tmp_path / "whole", **few, mixing__method="joint") == 0
+    parts, whole = (np.array(training_log(tmp_path / name)) for name in ("parts", "whole"))
+    assert len(whole) == 18
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+    assert [read(path)["steps"] for path in sorted(tmp_path.glob("parts/round_*/training.json"))] == [6, 6, 6]
+    assert losses(tmp_path / "parts")[2]["Q"] == pytest.approx(losses(tmp_path / "whole")[0]["Q"], rel=1e-6)
+    assert not [*tmp_path.rglob("checkpoints")]
+
+
+def test_continue_resumes_within_and_between_parts(data, tmp_path, quick, monkeypatch):
+    """Killed in the second part, with its checkpoint lost the second time: the same run as without."""
+    few = {**STILL, "mixing__max_change": 0.3, "mixing__rounds": 2, "train__num_train_epochs": 3}
+    assert run(data, tmp_path / "whole", **few) == 0
+    for name, lost in (("killed", False), ("lost", True)):
+        folder = tmp_path / name
+        with monkeypatch.context() as patch:
+            calls = []
+
+            def train_once(*args, calls=calls, **more):
+                calls.append(1)
+                if len(calls) > 1:
+                    raise KeyboardInterrupt
+                return training.train(*args, **more)
+
+            patch.setattr(loop, "train", train_once)
+            assert run(data, folder, **few) == 130
+        kept = [*folder.glob("round_00/checkpoints/checkpoint-*/optimizer.*")]
+        assert kept
+        if lost:
+            shutil.rmtree(folder / "round_00/checkpoints")
+        assert run(data, folder, **few) == 0
+        assert_same_run(folder, tmp_path / "whole")
+
+
+def test_continue_cannot_be_extended(data, tmp_path, quick, capsys):
+    assert run(data, tmp_path / "run", **STILL, mixing__rounds=1) == 0
+    assert run(data, tmp_path / "run", **STILL, mixing__rounds=2) == 2
+    assert "mixing.rounds (1 -> 2)" in capsys.readouterr().err
 
 
 def test_the_surrogate_goes_on_as_if_it_had_not_been_interrupted(data, tmp_path, quick, capsys):
@@ -459,7 +495,7 @@ def test_specific_tries_each_domain_alone(data, tmp_path, quick, capsys):
     assert run(data, tmp_path / "run", **few, mixing__rounds=3) == 2
     assert "mixing.rounds (1 -> 3)" in capsys.readouterr().err
     assert run(data, tmp_path / "on", **few, mixing__start="continue") == 2
-    assert "mixing.start: the rounds of specific stand beside each other" in capsys.readouterr().err
+    assert "mixing.start: the rounds of specific are no parts of one training run" in capsys.readouterr().err
 
 
 def test_random_draws_go_on_whatever_they_give(data, tmp_path, quick, capsys):
@@ -547,7 +583,7 @@ def test_keep_models(data, tmp_path, quick):
 def test_bad_round_is_not_kept(data, tmp_path, quick):
     """The first round without a lower Q ends the run, and the best one stays."""
     few = {"data__max_examples": 16, "train__num_train_epochs": 8, "train__learning_rate": 3e-2}
-    few |= {"mixing__start": "continue", "mixing__rounds": 4}
+    few |= {"mixing__rounds": 4, "mixing__max_change": 0.9}
     assert run(data, tmp_path / "run", **few) == 0
     q = [loss["Q"] for loss in losses(tmp_path / "run")]
     assert len(q) < 5 and q[-1] > min(q), "the case must be one of getting worse"

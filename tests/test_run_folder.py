@@ -79,6 +79,10 @@ def test_check(folder, tmp_path):
     with pytest.raises(UserError, match=r"mixing\.rounds \(1 -> 2\)"):
         folder.check({**same, "mixing": {"rounds": 2}}, flat, extends=False)
     folder.check({**same, "train": {"report_to": "wandb"}}, flat)
+    # A key that was not known yet when the run began had its default.
+    folder.check({**same, "new": {"key": 1}}, flat, defaults={"new.key": 1})
+    with pytest.raises(UserError, match="new.key"):
+        folder.check({**same, "new": {"key": 2}}, flat, defaults={"new.key": 1})
     with pytest.raises(UserError, match=r"seed \(0 -> 1\)\."):
         folder.check({**same, "seed": 1}, flat)
     with pytest.raises(UserError, match=r"mixing\.rounds \(1 -> 0\)"):

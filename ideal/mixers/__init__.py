@@ -8,6 +8,7 @@ from ideal.mixers.doremi import Doremi
 from ideal.mixers.ideal import Ideal
 from ideal.mixers.loss import Loss
 from ideal.mixers.odm import Odm
+from ideal.mixers.power_law import PowerLaw
 from ideal.mixers.random import Random
 from ideal.mixers.regmix import RegMix
 from ideal.mixers.skillit import Skillit
@@ -20,6 +21,7 @@ MIXERS: dict[str, type[Mixer]] = {
     "uniform": Uniform,
     "temperature": Temperature,
     "loss": Loss,
+    "power_law": PowerLaw,
     "specific": Specific,
     "random": Random,
     "regmix": RegMix,

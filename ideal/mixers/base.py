@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ideal.mixers.controller import Controller
 from ideal.mixers.goal import Goal
-from ideal.mixers.limits import Limits, hold_total
+from ideal.mixers.limits import Demands, Limits, hold_total
 from ideal.settings import STRICT
 
 
@@ -21,10 +21,11 @@ class MixingConfig:
 
     method: str = "ideal"
     """which mixer (docs/methods.md): ideal (influence); joint (sizes as they are), uniform, temperature, loss (shares
-    by reference loss); specific (each domain alone), random (several draws), regmix (regression on short runs);
-    doremi, doge (weights learned by a proxy); odm, skillit, aioli (revised while the model trains)"""
+    by reference loss); power_law (a model of all rounds' losses), specific (each domain alone), random (several draws),
+    regmix (regression on short runs); doremi, doge (weights learned by a proxy); odm, skillit, aioli (revised while the
+    model trains)"""
     rounds: Annotated[int, Field(ge=0)] = 2
-    """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss: outer steps;
+    """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss, power_law: steps;
     random: further draws; regmix: proxy runs; joint, uniform, temperature: never; specific: once per domain; doremi,
     doge: proxies in turn; skillit, aioli: revisions within the last inner loop; odm: after every step"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
@@ -48,12 +49,13 @@ class MixingConfig:
     noise: Annotated[float, Field(ge=0)] = 0.02
     """the relative difference of a reference loss between two training runs that counts as noise for mixing.no_worse"""
     start: Literal["base", "continue"] = "base"
-    """each inner loop starts from the base model (paper), or continues from the last round's"""
+    """base: each inner loop is a training run of its own from the base model (paper); continue: all rounds are one
+    training run, each an equal part of the steps that train.* asks for, with an outer step in between (ideal, loss)"""
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
     patience: Annotated[int, Field(ge=1)] = 1
     """stop after this many rounds in a row without a lower Q (or higher score: evaluation.choose_by) than the best
-    before; ideal and loss"""
+    before; ideal, loss and power_law"""
     proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25
     """the part of an inner loop's optimizer steps that a proxy run of regmix takes"""
     temperature: Annotated[float, Field(gt=0)] = 2.0
@@ -144,8 +146,11 @@ class Mixer:
     whole_gradients: ClassVar[bool] = False
     """Whether a controller measures gradients, which train.fsdp does not allow."""
     successive: ClassVar[bool] = True
-    """Whether each round is meant to be better than the one before. If so mixing.patience may end the run and
-    mixing.start may continue a model; if not, rounds are tries that stand beside each other."""
+    """Whether each round is meant to be better than the one before, and mixing.patience may end the run; if not, rounds
+    are tries that stand beside each other."""
+    continues: ClassVar[bool] = False
+    """Whether rounds may be parts of one training run (mixing.start: continue): each mixture is for the model as it is
+    now."""
     extends: ClassVar[bool] = True
     """Whether a finished run may go on with more mixing.rounds: what a round is for does not depend on how many
     there are."""
@@ -185,13 +190,23 @@ class Mixer:
         given = first if self.config.no_worse == "start" else self.setup.no_worse
         return np.full(len(first), np.inf) if given is None else given * (1 + self.config.noise)
 
+    def demands(self, first: RoundResult) -> Demands:
+        """What the next mixture must keep to. first: round 0."""
+        limits, n = self.setup.limits, len(self.setup.domains)
+        return Demands(
+            np.zeros(n) if limits is None else limits.least,
+            np.full(n, np.inf) if limits is None else limits.most,
+            self.ceilings(first.reference_loss),
+            (self.config.max_total or np.inf) * float(first.ratios @ self.setup.pool_tokens),
+        )
+
     def last_round(self) -> int:
         """The number of the last round, when nothing stops the run before; rounds count from 0."""
         return self.config.rounds if self.moves() else 0
 
     def length(self, number: int) -> float:
         """The part of an inner loop's optimizer steps that round `number` takes."""
-        return 1.0
+        return 1 / (self.last_round() + 1) if self.config.start == "continue" else 1.0
 
     def is_result(self, number: int) -> bool:
         """Whether round `number`'s model may be the run's result."""

@@ -2,10 +2,7 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from ideal.mixers.base import Mixer, RoundResult, Step
-from ideal.mixers.limits import Demands
 from ideal.mixers.paper_step import paper_step
 from ideal.mixers.surrogate_step import TIE, surrogate_step
 
@@ -14,6 +11,7 @@ class Ideal(Mixer):
     """alpha = w^T M, centred when the volume is fixed; beta by the paper's rule, or the next mixture by a surrogate."""
 
     needs_influence = True
+    continues = True
     has_budget = True
 
     @property
@@ -29,13 +27,3 @@ class Ideal(Mixer):
         # A continued model has trained for longer: its losses say nothing about what the mixture did to them.
         known = rounds if self.config.start == "base" else rounds[-1:]
         return paper_step(known, self.setup, self.goal, demands, fixed, self.config.max_change)
-
-    def demands(self, first: RoundResult) -> Demands:
-        """What the next mixture must keep to. first: round 0."""
-        limits, n = self.setup.limits, len(self.setup.domains)
-        return Demands(
-            np.zeros(n) if limits is None else limits.least,
-            np.full(n, np.inf) if limits is None else limits.most,
-            self.ceilings(first.reference_loss),
-            (self.config.max_total or np.inf) * float(first.ratios @ self.setup.pool_tokens),
-        )

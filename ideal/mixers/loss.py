@@ -17,6 +17,7 @@ class Loss(Mixer):
     """
 
     needs_base_loss = True
+    continues = True
 
     def start(self, ratios: np.ndarray) -> np.ndarray:
         """[n] ratios by the base model's losses. Raises UserError for a domain that serves no capability."""

@@ -177,7 +177,7 @@ def posterior_mean(values: np.ndarray, logs: np.ndarray) -> float:
 
 
 def fit(rounds: Sequence[Observed], own: Sequence[int | None]) -> Model:
-    """The model after `rounds`, at least one of them with slopes.
+    """The model after `rounds`, at least one, with slopes or without.
 
     own: [R] the domain that is known to serve each capability, None where none is.
     """

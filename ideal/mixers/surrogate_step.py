@@ -56,10 +56,11 @@ def surrogate_step(
     shares[part] = np.exp(point[: part.sum()])
     volume = 1.0 if fixed else float(np.exp(point[-1]))
     ratios = ratios_of_shares(shares, volume * (rounds[0].ratios @ setup.pool_tokens), setup.pool_tokens)
-    assert last.influence is not None, "the loop estimates influence for mixers that need it"
-    matrix = fixed_form(last.influence, last.shares) if fixed else last.influence
     information = what_it_rests_on(found, setup, goal, part, point)
-    alpha = objective(matrix, goal.pull(last.reference_loss))
+    alpha = None
+    if last.influence is not None:
+        matrix = fixed_form(last.influence, last.shares) if fixed else last.influence
+        alpha = objective(matrix, goal.pull(last.reference_loss))
     warnings = [] if reached else [
         f"mixing.no_worse: no mixture near round {rounds[found.best].round}'s is predicted to keep to what it allows; "
         "the next one is predicted to be no worse than that round where it does not"
