@@ -383,7 +383,7 @@ def train(
         trainer.add_callback(QuietProgress())
     started = time.monotonic()
     own = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=own or (part.checkpoint and str(part.checkpoint)))
+    trainer.train(resume_from_checkpoint=own or (str(part.checkpoint) if part.checkpoint else None))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > part.done]
     _check_loss(losses, config)
     _check_equal_weights(trainer)

@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.chdir(ROOT)
@@ -22,12 +25,15 @@ os.chdir(ROOT)
 from demo_bench import Bench, Results, Workers  # noqa: E402
 from search_page import markdown, rendered  # noqa: E402
 from search_regret import BUDGETS, TOLERANCE, start_content  # noqa: E402
-from search_runs import TUNED, TUNING_SEEDS, Runs, Setting, Size  # noqa: E402
+from search_runs import BY_LOSS, TUNED, TUNING_SEEDS, Runs, Setting, Size  # noqa: E402
 from search_sweep import FRESH, Plan, Row, Sweep, best_of, mixture_of_key, stored  # noqa: E402
 
 from ideal.compare.leaderboard import spread  # noqa: E402
 from ideal.demo import STARTS  # noqa: E402
 from ideal.errors import UserError  # noqa: E402
+from ideal.evaluation import evaluate  # noqa: E402
+from ideal.mixers.loss import shares_by_loss  # noqa: E402
+from ideal.model import load_model  # noqa: E402
 from ideal.report.files import Json, write_atomically  # noqa: E402
 from ideal.run_folder import read_json, write_json, write_text  # noqa: E402
 
@@ -72,11 +78,23 @@ def volume(bench: Bench, ratios: Mapping[str, float]) -> float:
 
 def equal_starts(bench: Bench) -> dict[str, dict[str, float]]:
     """The starts' ratios by domain, scaled to the trained tokens of the uniform one, so that one sweep serves all."""
+    starts = {UNIFORM: STARTS[UNIFORM], SKEWED: STARTS[SKEWED], BY_LOSS: ratios_by_loss(bench)}
     wanted = volume(bench, STARTS[UNIFORM])
     return {
-        start: {name: ratio * wanted / volume(bench, STARTS[start]) for name, ratio in STARTS[start].items()}
-        for start in (UNIFORM, SKEWED)
+        start: {name: ratio * wanted / volume(bench, ratios) for name, ratio in ratios.items()}
+        for start, ratios in starts.items()
     }
+
+
+def ratios_by_loss(bench: Bench) -> dict[str, float]:
+    """The ratios, up to a common factor, that the method `loss` begins with: shares by the base model's losses."""
+    model = load_model(bench.config.model, None, torch.float32)
+    pad_id = int(bench.tokenizer.pad_token_id)
+    losses = evaluate(model, bench.data.references, bench.config.evaluation, pad_id=pad_id, description="base model")
+    rows = [[list(losses).index(name)] for name in bench.domains]
+    weights = np.array([bench.data.weights[name] for name in losses])
+    shares = shares_by_loss(np.array(list(losses.values())), weights, rows)
+    return dict(zip(bench.domains, bench.ratios_of_shares(shares).tolist(), strict=True))
 
 
 def tune(runs: Runs, file: Path) -> None:

@@ -21,9 +21,9 @@ from ideal.compare.leaderboard import (
 )
 from ideal.report.files import Json, RunFiles
 
-BUDGETS = (1, 2, 3, 5, 10)
+BUDGETS = (1, 2, 3, 5, 8, 10)
 """Training runs."""
-GRADIENTS = ("ideal", "ideal, surrogate", "doge")
+GRADIENTS = ("ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, one run", "doge")
 """Rows that measure gradients besides training; all others are what these must beat."""
 TOLERANCE = 0.02
 """By how much a cost may exceed a budget: mixtures are rounded to examples, and clocks are not exact."""

@@ -24,8 +24,10 @@ from ideal.errors import UserError
 from ideal.report.files import Json, load_run
 from main import ARGUMENTS
 
-JOINT, FIRST = "joint", "uniform"
-"""The method whose run is the unit of cost; the start that what does not depend on the start is run from."""
+JOINT, FIRST, BY_LOSS = "joint", "uniform", "loss"
+"""The method whose run is the unit of cost; the start that what does not depend on the start is run from; and the start
+that the rule `loss` gives, from which only the methods are run that go on step after step."""
+STEPPING = (JOINT, "ideal", "ideal, surrogate", "power_law")
 TUNING_SEEDS = (50, 51)
 NEVER = 1000
 """A patience that never ends a run: what a budget holds is asked for each budget, not by the method."""
@@ -33,6 +35,7 @@ RUNS_PER_PROCESS = 12
 """After which a worker is replaced by a fresh one: figures and models leave memory behind."""
 TUNED: Mapping[str, tuple[str, Sequence[float]]] = {
     "ideal": ("max_change", (0.15, 0.3, 0.6)),
+    "ideal, one run": ("max_change", (0.15, 0.3, 0.6)),
     "regmix": ("proxy_length", (0.25, 0.125)),
     "temperature": ("temperature", (2, 4, 8)),
     "skillit": ("rounds", (2, 4, 8)),
@@ -88,11 +91,17 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
         shared = row in ("uniform", "loss", "random", "specific", "skillit")
         # From equal sizes, temperature stays where it is: that is joint.
         own = [start for start in starts if row != "temperature" or start != FIRST]
+        own = [start for start in own if start != BY_LOSS or shared or row in STEPPING]
         return Setting(name or row, row, {"method": method or row, **constant(row), **keys}, own, shared)
 
     found = [
         setting(JOINT),
         setting("ideal", rounds=loops - 1, step="fixed"),
+        # The paper's m, and the demo's, beside the one that tuning takes.
+        *(
+            setting(f"ideal, m = {m:g}", f"ideal_{m:g}", "ideal", rounds=min(8, loops) - 1, step="fixed", max_change=m)
+            for m in (0.15, 0.3)
+        ),
         setting("ideal, surrogate", "ideal_surrogate", "ideal", rounds=loops - 1, step="surrogate"),
         # Two steps within one training run, the demo's own number.
         setting("ideal, one run", "ideal_continue", "ideal", rounds=2, step="fixed", start="continue"),

@@ -50,9 +50,7 @@ FAMILIES: dict[str, InfluenceConfig] = {
 }
 JOINT: dict[str, InfluenceConfig] = {
     # Dear: half of the rows, as the engine takes by itself, and fewer iterations.
-    "joint, sampled labels": whole(
-        solver="cg", sample_fraction=0.5, solver_iterations=10, batch_size=250, fisher="sampled"
-    )
+    "joint": whole(solver="cg", sample_fraction=0.5, solver_iterations=10, batch_size=250, fisher="sampled")
 }
 """The Fisher preconditions and sets the damping; the matrix that is solved has no labels in it. On a trained model the
 empirical one is far smaller than that matrix, and the solver comes nowhere."""
