@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -33,7 +32,6 @@ from ideal.demo import STARTS  # noqa: E402
 from ideal.errors import UserError  # noqa: E402
 from ideal.evaluation import evaluate  # noqa: E402
 from ideal.mixers.loss import shares_by_loss  # noqa: E402
-from ideal.model import load_model  # noqa: E402
 from ideal.report.files import Json, write_atomically  # noqa: E402
 from ideal.run_folder import read_json, write_json, write_text  # noqa: E402
 
@@ -88,9 +86,9 @@ def equal_starts(bench: Bench) -> dict[str, dict[str, float]]:
 
 def ratios_by_loss(bench: Bench) -> dict[str, float]:
     """The ratios, up to a common factor, that the method `loss` begins with: shares by the base model's losses."""
-    model = load_model(bench.config.model, None, torch.float32)
     pad_id = int(bench.tokenizer.pad_token_id)
-    losses = evaluate(model, bench.data.references, bench.config.evaluation, pad_id=pad_id, description="base model")
+    settings = bench.config.evaluation
+    losses = evaluate(bench.model(None), bench.data.references, settings, pad_id=pad_id, description="base model")
     rows = [[list(losses).index(name)] for name in bench.domains]
     weights = np.array([bench.data.weights[name] for name in losses])
     shares = shares_by_loss(np.array(list(losses.values())), weights, rows)

@@ -85,7 +85,7 @@ class Stored:
         for number, domain in enumerate(self.domains):
             up, down = (self.oracle[setting.key(domain, sign, seed)] for sign in (1, -1))
             betas = [relative_change(tokens_of(row, self.domains), centre, number) for row in (up, down)]
-            losses = [[row[kind][capability] for capability in self.capabilities] for row in (up, down)]
+            losses = [[row[kind].get(capability, np.nan) for capability in self.capabilities] for row in (up, down)]
             columns.append(central_difference(*losses, *betas))
         return np.array(columns).T
 
@@ -145,7 +145,10 @@ def _agreements(stored: Stored, predicted: Array, measured: Array) -> dict[str, 
 
 
 def choice(stored: Stored, size: Size) -> Json:
-    """The estimator, and how every one did with the choosing seeds; of the settings that have them."""
+    """The estimator, and how every one did with the choosing seeds, of the settings that have them. Without such seeds
+    it is the one that the size names."""
+    if not size.choosing:
+        return {"estimator": size.estimator, "seeds": [], "table": []}
     every = {setting.name: compared(stored, setting, size.choosing) for setting in size.settings}
     found = {name: each for name, each in every.items() if each is not None}
     first, *others = (each.estimators for each in found.values())

@@ -6,6 +6,9 @@ estimate: an unchanged inner loop for each start, passes and seed, and every est
 oracle: inner loops with every domain's volume changed up and down, in every setting. page: docs/validation.md, its
 figure and its numbers, from whatever is finished. Without a word all three, in this order. Every part goes on where it
 was stopped, run by run. --quick: a minute's worth, to see that everything works; its page goes to the output folder.
+
+With --config FILE, a configuration of main.py with a model and data of your own, in one setting as configured (fixed
+volume), with two seeds: an unchanged inner loop each, and two for each domain. Give --page and --output a name.
 """
 
 import argparse
@@ -23,7 +26,7 @@ os.chdir(ROOT)
 from demo_bench import Bench, Results, Workers  # noqa: E402
 from validate_content import Stored, content_of  # noqa: E402
 from validate_page import markdown, rendered  # noqa: E402
-from validate_runs import QUICK, Size, estimations, oracle_jobs  # noqa: E402
+from validate_runs import QUICK, Size, estimations, oracle_jobs, size_of_model  # noqa: E402
 
 from ideal.errors import UserError  # noqa: E402
 from ideal.report.files import write_atomically  # noqa: E402
@@ -32,9 +35,8 @@ from ideal.run_folder import write_json, write_text  # noqa: E402
 PARTS = ("estimate", "oracle", "page")
 
 
-def run(output: Path, processes: int, size: Size, parts: Sequence[str], page: Path) -> None:
+def run(bench: Bench, output: Path, processes: int, size: Size, parts: Sequence[str], page: Path) -> None:
     """The parts asked for. page: where the page goes, its figure and its numbers beside it."""
-    bench = Bench.open(size.more)
     oracle, centres = Results(output / "oracle.jsonl"), Results(output / "centres.jsonl")
     if {"estimate", "oracle"} & set(parts):
         of_oracle, of_centres = size.loops(len(bench.domains))
@@ -57,10 +59,8 @@ def stored(bench: Bench, oracle: Results, centres: Results) -> Stored:
 
 def write_page(page: Path, runs: Stored, size: Size) -> None:
     """The page, its figure, and all numbers. Raises UserError while there is too little."""
-    ready = [
-        seeds for seeds in (size.seeds, size.choosing) if any(len(runs.complete(s, seeds)) > 1 for s in size.settings)
-    ]
-    if len(ready) < 2:
+    needed = [seeds for seeds in (size.seeds, size.choosing) if seeds]
+    if not all(any(len(runs.complete(s, seeds)) > 1 for s in size.settings) for seeds in needed):
         raise UserError("no setting has two finished seeds of each kind yet: the parts estimate and oracle come first")
     content = content_of(runs, size)
     write_json(page.parent / page.stem / "validation.json", content)
@@ -74,15 +74,24 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="all by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/validation"))
-    parser.add_argument("--quick", action="store_true", help="the smallest size, in a folder of its own")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--quick", action="store_true", help="the smallest size, in a folder of its own")
+    kind.add_argument("--config", type=Path, help="a model and data of your own")
+    parser.add_argument("--seeds", type=int, default=2, help="with --config: how many (default: %(default)s)")
+    parser.add_argument("--page", type=Path, default=Path("docs/validation.md"))
     given = parser.parse_args()
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if given.seeds < 2:
+        parser.error("--seeds must be 2 or more: a seed's prediction is compared with what the others measured")
     output = given.output / "quick" if given.quick else given.output
-    page = output / "validation.md" if given.quick else Path("docs/validation.md")
+    page = output / "validation.md" if given.quick else given.page
+    more = ("--config", str(given.config)) if given.config else QUICK.more if given.quick else ()
     try:
-        run(output, given.processes, QUICK if given.quick else Size(), given.parts or PARTS, page)
+        bench = Bench.open(more)
+        size = size_of_model(more, bench, given.seeds) if given.config else QUICK if given.quick else Size()
+        run(bench, output, given.processes, size, given.parts or PARTS, page)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

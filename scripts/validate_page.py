@@ -16,7 +16,8 @@ from ideal.report.figures import FAINT, INK, STYLE, render, styles_of
 from ideal.report.files import Json, number
 from ideal.report.tables import MISSING, Table
 
-TEMPLATE = Path(__file__).with_name("validate_influence.template.md")
+DEMO, MODEL = (Path(__file__).with_name(f"validate_{name}.template.md") for name in ("influence", "model"))
+"""The page's text; MODEL: for a model and data of one's own."""
 MET, MISSED = "met", "**missed**"
 OTHER_MEASURES = {
     "vector_spearman": "Spearman of the vector",
@@ -113,7 +114,10 @@ def entry(mean: float, t: float | None) -> str:
 
 
 def shown(content: Json) -> list[str]:
-    """Of each family the damping that was best with the choosing seeds, in the order of the estimators."""
+    """Of each family the damping that was best with the choosing seeds, in the order of the estimators; without such
+    seeds all."""
+    if not content["choice"]["table"]:
+        return list(next(iter(content["settings"].values()))["estimators"])
     ranked = [row["estimator"] for row in content["choice"]["table"]]
     best: dict[str, str] = {}
     for estimator in ranked:
@@ -160,6 +164,7 @@ def passes_in_words(content: Json) -> str:
     return "; ".join(
         f"{name}: the start's ratios x {found['scale']:g}, {found['epochs']:g} passes"
         for name, found in content["passes"].items()
+        if found["epochs"] is not None
     )
 
 
@@ -190,10 +195,10 @@ def markdown(content: Json, figure: str) -> str:
         "vector": as_markdown(measure_table(content, "vector", list(every))),
         "residuals": as_markdown(residuals_table(content)),
         "others": "\n\n".join(others),
-        "choice": as_markdown(choice_table(content)),
+        "choice": as_markdown(choice_table(content)) if content["choice"]["table"] else "",
         "entries": "\n\n".join(entries),
     }
-    text = TEMPLATE.read_text(encoding="utf-8")
+    text = (DEMO if content["choice"]["table"] else MODEL).read_text(encoding="utf-8")
     for name, value in places.items():
         text = text.replace(f"{{{name}}}", value)
     return text.replace("\n\n\n\n", "\n\n")

@@ -8,7 +8,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from demo_bench import Bench, Job
 from validate_estimates import (
     DAMPINGS,
@@ -24,7 +23,7 @@ from validate_estimates import (
 from ideal.demo import STARTS
 from ideal.influence import DomainSample
 from ideal.mixture import Mixture
-from ideal.model import load_model
+from ideal.preparation import start_ratios
 from ideal.training import RoundPlan
 
 Volume = Literal["free", "fixed"]
@@ -35,10 +34,10 @@ CLIP = 1.0
 
 @dataclass(frozen=True)
 class Passes:
-    """How often the examples are seen: the start's ratios times `scale`, for `epochs` passes."""
+    """How often the examples are seen: the start's ratios times `scale`, for `epochs` passes (None: as configured)."""
 
     scale: float
-    epochs: float
+    epochs: float | None
 
 
 PASSES = {"few passes": Passes(1.0, 2), "overfit": Passes(0.25, 8)}
@@ -49,16 +48,20 @@ PASSES = {"few passes": Passes(1.0, 2), "overfit": Passes(0.25, 8)}
 class Size:
     """How large a validation is.
 
-    beta: the change of a domain, up and down. segments: of SOURCE.
-    seeds: of the numbers reported. choosing: of those that choose the estimator.
+    starts: ratios by domain. beta: the change of a domain, up and down. segments: of SOURCE; 0: leave it out.
+    seeds: of the numbers reported. choosing: of those that choose the estimator; none: it is `estimator`.
+    more: further arguments of main.py.
     """
 
-    starts: Sequence[str] = ("uniform", "skewed")
+    starts: Mapping[str, Mapping[str, float]] = field(
+        default_factory=lambda: {name: STARTS[name] for name in ("uniform", "skewed")}
+    )
     passes: Mapping[str, Passes] = field(default_factory=lambda: PASSES)
     volumes: Sequence[Volume] = ("free", "fixed")
     beta: float = 0.3
     seeds: Sequence[int] = tuple(range(8))
     choosing: Sequence[int] = tuple(range(100, 103))
+    estimator: str = "EK-FAC 0.1"
     segments: int = 4
     families: Sequence[str] = tuple(FAMILIES)
     dampings: Sequence[float] = DAMPINGS
@@ -88,7 +91,7 @@ class Size:
 
 
 QUICK = Size(
-    starts=("skewed",),
+    starts={"skewed": STARTS["skewed"]},
     passes={"few passes": Passes(4.0, 1)},
     seeds=(0, 1),
     choosing=(100, 101),
@@ -100,6 +103,23 @@ QUICK = Size(
     more=("--data.max_examples", "80"),
 )
 """To see that everything works; its numbers say nothing."""
+
+
+def size_of_model(more: Sequence[str], bench: Bench, seeds: int) -> Size:
+    """For a model and data of one's own, dear to train: one setting, whose volume is fixed, and few estimators."""
+    ratios = start_ratios(bench.config, bench.data)
+    return Size(
+        starts={"given": dict(zip(bench.domains, ratios.tolist(), strict=True))},
+        passes={"as configured": Passes(1.0, None)},
+        volumes=("fixed",),
+        seeds=tuple(range(seeds)),
+        choosing=(),
+        segments=0,
+        families=("identity", "EK-FAC"),
+        dampings=(1e-2, 0.1, 1.0, 10.0),
+        joint=(),
+        more=more,
+    )
 
 
 @dataclass(frozen=True)
@@ -125,11 +145,12 @@ class Setting:
 
     def ratios(self, size: Size) -> dict[str, float]:
         """By domain, at the centre."""
-        return {name: ratio * size.passes[self.passes].scale for name, ratio in STARTS[self.start].items()}
+        return {name: ratio * size.passes[self.passes].scale for name, ratio in size.starts[self.start].items()}
 
     def training(self, size: Size) -> dict[str, Any]:
         """The TrainingArguments that the setting has of its own."""
-        return {"num_train_epochs": size.passes[self.passes].epochs}
+        epochs = size.passes[self.passes].epochs
+        return {} if epochs is None else {"num_train_epochs": epochs}
 
 
 def centre_mixture(bench: Bench, setting: Setting, size: Size, seed: int) -> Mixture:
@@ -171,10 +192,11 @@ class Estimation:
         size, seed = self.size, self.seed
         mixture = centre_mixture(bench, self.setting, size, seed)
         bench = bench.training(self.setting.training(size))
-        plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, bench.config.train)
-        # The middle of each segment is a multiple of half a segment.
-        saving = {"save_strategy": "steps", "save_steps": max(1, plan.steps // (2 * size.segments))}
-        bench = bench.training({**saving, "logging_steps": 1, "max_grad_norm": CLIP})
+        if size.segments:
+            plan = RoundPlan.of(mixture.total_rows, mixture.total_tokens, bench.config.train)
+            # The middle of each segment is a multiple of half a segment.
+            saving = {"save_strategy": "steps", "save_steps": max(1, plan.steps // (2 * size.segments))}
+            bench = bench.training({**saving, "logging_steps": 1, "max_grad_norm": CLIP})
         rates: dict[int, float] = {}
         norms: dict[int, float] = {}
 
@@ -186,17 +208,19 @@ class Estimation:
             trained, model = bench.train(mixture, seed, Path(scratch), note)
             outcome = bench.measure(mixture, trained, model)
             began = time.monotonic()
-            trail = Trail(rates, norms, CLIP, trained.steps, checkpoints_in(Path(scratch) / "checkpoints"))
             mixed = Mixed(
                 {name: DomainSample(bench.data.pools[name], domain.counts) for name, domain in mixture.domains.items()},
                 bench.data.references,
                 seed,
             )
-            models = {
-                step: load_model(bench.config.model, trail.checkpoints[step], torch.float32)
-                for _, _, step in trail.bounds(size.segments)
-            }
-            unrolled = source_matrices(model, mixed, trail, models, size.segments)
+            unrolled = {}
+            if size.segments:
+                trail = Trail(rates, norms, CLIP, trained.steps, checkpoints_in(Path(scratch) / "checkpoints"))
+                models = {
+                    step: bench.model(trail.checkpoints[step])
+                    for _, _, step in trail.bounds(size.segments)
+                }
+                unrolled = source_matrices(model, mixed, trail, models, size.segments)
         matrices, solver = all_matrices(
             model,
             mixed,

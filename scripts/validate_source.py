@@ -2,7 +2,7 @@
 
 Source: Bae, Lin, Lorraine and Grosse 2024, "Training Data Attribution via Approximate Unrolling", arXiv 2405.12186. The
 inner loop is cut into segments in which curvature H_l, gradients and learning rate eta_l are taken as constant (K_l
-steps each), and so (the score is its equation 24)
+steps each), and so
 
     d theta_T / d beta_j = - sum_l [ prod_(m > l) S_m ] r_lj       S_l = exp(-eta_l K_l H_l)
     r_lj = s_j (I - exp(-eta_l K_l H_l)) H_l^-1 g_lj
@@ -11,7 +11,7 @@ steps each), and so (the score is its equation 24)
 where s_j g_lj, the domain's part of a step's mean gradient, stands for the example's g / N. H_l by EK-FAC: both
 functions act on its eigenvalues. There is no damping: where H vanishes r is eta K g.
 
-AdamW (the paper's appendix D has the preconditioner P in place of the identity). A step is eta_k P_k g with
+AdamW: a preconditioner P in place of the identity. A step is eta_k P_k g with
 P = c / (sqrt(v) + eps), c the factor that gradient clipping leaves of g. A diagonal P does not commute with EK-FAC's
 eigenbases, so each layer gets one number in its place, by one of
 
