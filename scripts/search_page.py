@@ -4,6 +4,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from search_regret import BUDGETS, GRADIENTS
+from search_runs import STEPPING
 
 from ideal.compare.tables import as_markdown, change, with_spread
 from ideal.report.figures import FAINT, STYLE, render, styles_of
@@ -45,6 +46,15 @@ def gradients_table(start: Json, axis: str) -> Table:
         rows.append([name, *cells])
     rules = [budgets[str(budget)]["rule"] or MISSING for budget in BUDGETS]
     return Table("", ["method", *(f"{b}: against {r}" for b, r in zip(BUDGETS, rules, strict=True))], rows)
+
+
+def start_table(start: Json, axis: str) -> Table:
+    """Rows that go on from the start: their paired difference in test Q to its own mixture."""
+    budgets, rows = start["budgets"][axis], []
+    for name in (name for name in STEPPING if name in start["curves"]):
+        found = [budgets[str(budget)]["rows"].get(name, {}) for budget in BUDGETS]
+        rows.append([name, *(change(f.get("against_start"), f.get("against_start_error")) for f in found)])
+    return Table("", ["method", *map(str, BUDGETS)], rows)
 
 
 def winners(start: Json, axis: str) -> list[str]:
@@ -111,6 +121,11 @@ def markdown(content: Json, figure: str) -> str:
                 " gradients help):",
                 as_markdown(gradients_table(start, axis)),
             ]
+        parts += [
+            "Does a result end worse than its start? Test Q less that of the start's mixture, seed by seed, by inner"
+            " loops that may be spent:",
+            as_markdown(start_table(start, "loops")),
+        ]
     parts += [
         "## Tuning",
         f"Each method's one documented constant, at most three values, with seeds"

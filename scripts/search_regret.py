@@ -25,6 +25,8 @@ BUDGETS = (1, 2, 3, 5, 8, 10)
 """Training runs."""
 GRADIENTS = ("ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, one run", "doge")
 """Rows that measure gradients besides training; all others are what these must beat."""
+START = "joint"
+"""The row whose one run is the start's mixture as it is."""
 TOLERANCE = 0.02
 """By how much a cost may exceed a budget: mixtures are rounded to examples, and clocks are not exact."""
 
@@ -118,6 +120,7 @@ def at_budget(found: Mapping[str, Mapping[int, float]]) -> Json:
 
     found: by row and seed, regret. lowest: the row of lowest mean regret. tied: rows whose paired difference to it
     does not exceed two standard errors. rule: the row without gradients of lowest mean, None where there is none.
+    against_start: the paired difference to the start's mixture itself.
     """
     means = {row: float(np.mean(list(values.values()))) for row, values in found.items()}
     lowest = min(means, key=means.__getitem__, default=None)
@@ -127,6 +130,8 @@ def at_budget(found: Mapping[str, Mapping[int, float]]) -> Json:
         rows[row] = spread(mean_and_error(np.array(list(values.values()))), "regret")
         if rule is not None and row != rule:
             rows[row] |= spread(paired(values, found[rule]), "against_rule")
+        if START in found and row != START:
+            rows[row] |= spread(paired(values, found[START]), "against_start")
     others = [row for row in found if row != lowest]
     tied = [row for row in others if lowest is not None and not exceeds(*paired(found[row], found[lowest]))]
     return {"lowest": lowest, "tied": tied, "rule": rule, "rows": rows}

@@ -26,8 +26,9 @@ from main import ARGUMENTS
 
 JOINT, FIRST, BY_LOSS = "joint", "uniform", "loss"
 """The method whose run is the unit of cost; the start that what does not depend on the start is run from; and the start
-that the rule `loss` gives, from which only the methods are run that go on step after step."""
-STEPPING = (JOINT, "ideal", "ideal, surrogate", "power_law")
+that the rule `loss` gives, from which only some methods are run that go on step after step."""
+STEPPING = ("ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, one run", "power_law")
+FROM_LOSS = (JOINT, "ideal", "ideal, surrogate", "power_law")
 TUNING_SEEDS = (50, 51)
 NEVER = 1000
 """A patience that never ends a run: what a budget holds is asked for each budget, not by the method."""
@@ -91,7 +92,7 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
         shared = row in ("uniform", "loss", "random", "specific", "skillit")
         # From equal sizes, temperature stays where it is: that is joint.
         own = [start for start in starts if row != "temperature" or start != FIRST]
-        own = [start for start in own if start != BY_LOSS or shared or row in STEPPING]
+        own = [start for start in own if start != BY_LOSS or shared or row in FROM_LOSS]
         return Setting(name or row, row, {"method": method or row, **constant(row), **keys}, own, shared)
 
     found = [

@@ -58,6 +58,9 @@ def test_differences_are_paired_by_seed():
     assert row["against_rule_error"] == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
     assert row["regret_error"] == pytest.approx(np.std([0.1, 0.5, 0.9], ddof=1) / np.sqrt(3))
     assert "against_rule" not in found["rows"]["loss"]
+    found = at_budget({"ideal": ideal, "joint": loss})["rows"]
+    assert found["ideal"]["against_start"] == pytest.approx(differences.mean())
+    assert "against_start" not in found["joint"]
 
 
 def test_what_does_not_exceed_two_errors_is_a_tie():
