@@ -38,7 +38,7 @@ ARGUMENTS = {
     "mixing.rounds": 2,  # outer steps; one inner loop more than that
     "mixing.max_change": 0.15,  # m: the largest relative change of a domain in one step
     "mixing.budget": "free",  # free: the total may grow (paper); fixed: trained tokens stay the same
-    "mixing.start": "base",  # base: each inner loop from the base model; continue: from the last round's
+    "mixing.start": "base",  # base: each inner loop from the base model; continue: one training run in parts
 }
 
 if __name__ == "__main__":

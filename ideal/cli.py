@@ -16,7 +16,7 @@ from ideal.config import Command, Config, dump, help_text, read_command
 from ideal.data.inspection import report_table, show_example
 from ideal.distributed import barrier, is_main, say, together, world_size
 from ideal.errors import UserError
-from ideal.loop import Run, estimate_influence, evaluate_base, first_mixture, influence_json, loaded_model, run_loop
+from ideal.loop import run_loop
 from ideal.machine import PlanConfig, machine_of
 from ideal.mixture import Mixture
 from ideal.plan import long_text, make_plan
@@ -32,6 +32,11 @@ from ideal.preparation import (
     with_demo,
 )
 from ideal.report import export_mixture, final_summary, load_run, render_report
+from ideal.rounds.evaluating import evaluate_base
+from ideal.rounds.influencing import estimate_influence, influence_json
+from ideal.rounds.mixtures import first_mixture
+from ideal.rounds.models import loaded_model
+from ideal.rounds.run import Run
 from ideal.run_folder import RunFolder, influence_csv, write_json, write_text
 from ideal.training import training_arguments
 

@@ -21,13 +21,14 @@ from ideal.data.inspection import SetReport
 from ideal.data.loading import resolve_capabilities, resolve_domains
 from ideal.distributed import is_main, together, world_size
 from ideal.errors import UserError
-from ideal.loop import Run, first_mixture, given_mixture
 from ideal.mixers import MIXERS
 from ideal.mixers.limits import Limits
 from ideal.mixture import Mixture
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.online import Steering
 from ideal.plan import CannotPlan, DataSizes, make_plan, short_text
+from ideal.rounds.mixtures import first_mixture, given_mixture
+from ideal.rounds.run import Run
 from ideal.run_folder import RunFolder
 from ideal.scores import cannot_isolate, questions
 from ideal.scoring.sandbox import CannotIsolate, probe

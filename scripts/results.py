@@ -53,7 +53,7 @@ OWN = ("model.name_or_path", "data.domains", "mixing.method", "output_dir", "see
 
 def command(compare: dict[str, Any], config: dict[str, Any]) -> str:
     """What makes such a comparison again: the keys that are not main.py's own, but for the model's and the data's
-    places."""
+    places; of the data's the scorers."""
     demo = config["model"]["name_or_path"] is None
     places = [] if demo else ["--model.name_or_path", "MODEL", "--data.domains", "DATA"]
     usual = flat(dump(read_command(ARGUMENTS, places).config))
@@ -61,7 +61,7 @@ def command(compare: dict[str, Any], config: dict[str, Any]) -> str:
     given |= {
         key: value
         for key, value in flat(config).items()
-        if not key.startswith(OWN) and value is not None and usual.get(key) != value
+        if (not key.startswith(OWN) or key.endswith(".scorer")) and value is not None and usual.get(key) != value
     }
     words = [f"--{key} {shlex.quote(v if isinstance(v, str) else json.dumps(v))}" for key, v in given.items()]
     return " ".join(["python main.py --stage compare", *places, *words])

@@ -8,7 +8,7 @@ import pytest
 
 from ideal.config import Config
 from ideal.influence import Influence
-from ideal.loop import influence_json
+from ideal.rounds.influencing import influence_json
 
 CAPABILITIES, DOMAINS = ["a", "b"], ["x", "y", "z"]
 WEIGHTS, SHARES = np.array([0.7, 0.3]), np.array([0.5, 0.3, 0.2])

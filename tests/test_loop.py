@@ -21,9 +21,11 @@ import yaml
 from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ideal import loop, training
-from ideal.loop import earliest_best, evaluate_model
+from ideal import training
 from ideal.mixture import training_rows
+from ideal.rounds import inner_loops
+from ideal.rounds.choice import earliest_best
+from ideal.rounds.evaluating import evaluate_model
 
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
 
@@ -350,7 +352,7 @@ def test_continue_resumes_within_and_between_parts(data, tmp_path, quick, monkey
                     raise KeyboardInterrupt
                 return training.train(*args, **more)
 
-            patch.setattr(loop, "train", train_once)
+            patch.setattr(inner_loops, "train", train_once)
             assert run(data, folder, **few) == 130
         kept = [*folder.glob("round_00/checkpoints/checkpoint-*/optimizer.*")]
         assert kept
@@ -358,6 +360,19 @@ def test_continue_resumes_within_and_between_parts(data, tmp_path, quick, monkey
             shutil.rmtree(folder / "round_00/checkpoints")
         assert run(data, folder, **few) == 0
         assert_same_run(folder, tmp_path / "whole")
+
+
+def test_continue_on_two_processes(data, tmp_path, quick):
+    """Optimizer and schedule go on there as on one."""
+    few = {**STILL, "mixing__max_change": 0.3, "train__num_train_epochs": 2, "train__logging_steps": 1}
+    few["train__per_device_train_batch_size"] = 4
+    done = start(torchrun() + arguments(data, tmp_path / "two", **few))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert run(data, tmp_path / "one", **few) == 0
+    assert_same_run(tmp_path / "two", tmp_path / "one")
+    one, two = (np.array(training_log(tmp_path / name)) for name in ("one", "two"))
+    np.testing.assert_allclose(two[:, 1], one[:, 1], rtol=1e-6)
+    np.testing.assert_allclose(two[:, 2], one[:, 2], rtol=1e-4)
 
 
 def test_continue_cannot_be_extended(data, tmp_path, quick, capsys):
@@ -531,7 +546,7 @@ def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, qu
         """Every proxy has a lower Q than the result, which is kept all the same."""
         return {**evaluate_model(run, model, description, number), "Q": float(number or 0)}
 
-    monkeypatch.setattr("ideal.loop.evaluate_model", worse_and_worse)
+    monkeypatch.setattr("ideal.rounds.evaluating.evaluate_model", worse_and_worse)
     few = {"mixing__method": "regmix", "data__max_examples": 16}
     assert run(data, tmp_path / "run", **few, mixing__rounds=4) == 2
     assert "mixing.rounds: regmix cannot learn from 4 proxy runs" in capsys.readouterr().err

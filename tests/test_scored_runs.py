@@ -100,9 +100,9 @@ def test_killed_before_and_after_the_answers_are_written(scored, data, tmp_path,
     class Killed(BaseException):
         pass
 
-    from ideal import loop
+    from ideal.rounds import evaluating
 
-    real, seen = {"score_model": loop.score_model, "write_json_lines": loop.write_json_lines}, set()
+    real, seen = {"score_model": evaluating.score_model, "write_json_lines": evaluating.write_json_lines}, set()
 
     def dying(name: str, after: bool) -> Any:
         def call(*words: Any, **more: Any) -> Any:
@@ -116,8 +116,8 @@ def test_killed_before_and_after_the_answers_are_written(scored, data, tmp_path,
 
         return call
 
-    monkeypatch.setattr(loop, "score_model", dying("score_model", after=False))
-    monkeypatch.setattr(loop, "write_json_lines", dying("write_json_lines", after=True))
+    monkeypatch.setattr(evaluating, "score_model", dying("score_model", after=False))
+    monkeypatch.setattr(evaluating, "write_json_lines", dying("write_json_lines", after=True))
     attempts = 0
     while attempts < 10:
         attempts += 1
@@ -146,8 +146,8 @@ def test_the_best_round_is_the_one_of_the_highest_score(data, tmp_path, quick, m
         same = dict.fromkeys(DOMAINS, float(number or 0) + 1)
         return {"reference_loss": same, "test_loss": {}, "Q": same["math"], "Q_test": None}
 
-    monkeypatch.setattr("ideal.loop.score_model", score_model)
-    monkeypatch.setattr("ideal.loop.evaluate_model", losses)
+    monkeypatch.setattr("ideal.rounds.evaluating.score_model", score_model)
+    monkeypatch.setattr("ideal.rounds.evaluating.evaluate_model", losses)
     assert run(data, tmp_path / "run", **{**ROUNDS, "mixing__rounds": 3}, evaluation__choose_by="score") == 0
     state = read(tmp_path / "run/state.json")
     assert state["best_round"] == 1 == read(tmp_path / "run/mixture.json")["round"]

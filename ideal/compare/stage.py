@@ -20,7 +20,7 @@ from ideal.data import Data, load_data
 from ideal.data.inspection import report_table
 from ideal.distributed import all_gather_objects, barrier, is_main, say, together
 from ideal.errors import UserError
-from ideal.loop import exists, run_loop
+from ideal.loop import run_loop
 from ideal.mixers import MIXERS
 from ideal.model import checkpoint_config, load_tokenizer
 from ideal.preparation import (
@@ -34,6 +34,7 @@ from ideal.preparation import (
     with_demo,
 )
 from ideal.report import load_run
+from ideal.rounds.run import exists
 from ideal.run_folder import RunFolder, read_json, remove, write_json
 from ideal.training import training_arguments
 
