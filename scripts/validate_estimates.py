@@ -27,7 +27,7 @@ from ideal.influence.storage import opened_store
 ALL_LINEAR = ["*_proj"]
 """Attention's projections beside the MLP's."""
 DAMPINGS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
-JOINT_DAMPINGS = (1.0, 10.0)
+JOINT_DAMPINGS = (1.0,)
 SOURCE_AVERAGING: tuple[Averaging, ...] = ("mean", "energy")
 
 
