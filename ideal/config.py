@@ -145,6 +145,11 @@ def _compare_config(given: Tree) -> CompareConfig:
     for name, changes in found.overrides.items():
         for key in {"method", "ratios"} & changes.keys():
             raise UserError(f"compare.overrides.{name}.{key}: is the same for all that are compared; leave it out")
+        try:
+            TypeAdapter(MixingConfig).validate_python(changes)
+        except ValidationError as error:
+            text = _explain(error, {"mixing": changes}, ("mixing",))
+            raise UserError(text.replace("mixing.", f"compare.overrides.{name}.")) from None
     return found
 
 

@@ -473,12 +473,15 @@ def _disk(
     kept = 2 if config.keep_models == "final" else loops + 1
     disk = {f"{kept} models": kept * saved * size}
     given = config.train.arguments
+    checkpoint = trained * 3 * DTYPES[config.model.dtype].itemsize
+    if config.mixing.start == "continue" and loops > 1:
+        disk["2 checkpoints between rounds"] = 2 * checkpoint
     strategy = str(given.get("save_strategy", "no"))
     if strategy not in ("no", "SaveStrategy.NO"):
         every = given.get("save_steps", 500) if "steps" in strategy.lower() else plan.steps_per_epoch
         count = max(1, plan.steps // max(int(every), 1)) if every >= 1 else math.ceil(1 / every)
         count = min(count, given.get("save_total_limit") or count)
-        disk[f"{count} checkpoints"] = count * trained * 3 * DTYPES[config.model.dtype].itemsize
+        disk[f"{count} checkpoints"] = count * checkpoint
     if spilled and config.influence.spill == "disk":
         disk["spilled eigenbases"] = spilled
     return disk

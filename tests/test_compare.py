@@ -251,7 +251,18 @@ def test_by_default_all_that_the_data_allows(data, tmp_path, monkeypatch, capsys
         ({"compare__methods": "[jiont]"}, "compare.methods: there is no mixer 'jiont'; did you mean joint?"),
         ({"compare__seeds": 0}, "compare.seeds: '0': "),
         ({"compare__seeds": "[]"}, "compare.seeds: []: "),
-        ({"compare__overrides__odm__round": 3}, "odm: unknown key mixing.round; did you mean mixing.rounds?"),
+        (
+            {"compare__overrides__odm__round": 3},
+            "unknown key compare.overrides.odm.round; did you mean compare.overrides.odm.rounds?",
+        ),
+        (
+            {"compare__methods": None, "compare__overrides__loss__start": "contnue"},
+            "compare.overrides.loss.start: 'contnue': input should be 'base' or 'continue'",
+        ),
+        (
+            {"compare__methods": None, "compare__overrides__power_law__start": "continue"},
+            "power_law: mixing.start: the rounds of power_law are no parts of one training run",
+        ),
         ({"compare__overrides__odm__ratios": "{math: 2}"}, "compare.overrides.odm.ratios: is the same for all"),
         ({"compare__overrides__omd__rounds": 3}, "compare.overrides: there is no mixer 'omd'; did you mean odm?"),
         ({"compare__method": "[odm]"}, "unknown key compare.method; did you mean compare.methods?"),

@@ -296,3 +296,11 @@ def test_stage_plan_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert main(ARGUMENTS, [*words, "--stage", "plan", "--plan.device", "abacus"]) == 2
     assert "plan.device" in capsys.readouterr().err
+
+
+def test_checkpoints_between_the_parts_of_one_training_run_are_counted():
+    """Two lie there at a time, each of the weights and AdamW's two moments."""
+    alone, parts = (tiny_plan(mixing__method="loss", mixing__start=start) for start in ("base", "continue"))
+    key = "2 checkpoints between rounds"
+    assert {name: size for name, size in parts.disk.items() if name != key} == alone.disk
+    assert parts.disk[key] == 2 * 3 * 4 * parts.trained

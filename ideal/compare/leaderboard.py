@@ -34,6 +34,7 @@ class RunNumbers:
     base model's included; of all outer steps. None where the run's files do not tell.
     benchmarks: of the result, as scripts/evaluate.sh left them, by task (ideal/benchmarks/scores.py).
     reference_score, test_score: of the result, by capability that has a scorer; empty where it was not scored.
+    highest: of a mean of tries, by kind of loss, the mean of each try's highest loss; empty for a single result.
     """
 
     row: str
@@ -54,6 +55,11 @@ class RunNumbers:
     benchmarks: dict[str, Json] = field(default_factory=dict)
     reference_score: dict[str, float] = field(default_factory=dict)
     test_score: dict[str, float] = field(default_factory=dict)
+    highest: dict[str, float] = field(default_factory=dict)
+
+    def worst(self, kind: str) -> float:
+        """The highest loss of all capabilities. kind: reference_loss or test_loss."""
+        return self.highest[kind] if self.highest else max(getattr(self, kind).values())
 
     @property
     def seconds(self) -> float | None:
@@ -134,6 +140,11 @@ def mean_of_tries(run: RunFiles, best: RunNumbers) -> RunNumbers | None:
         benchmarks={},
         reference_score=measured("reference_score"),
         test_score=measured("test_score"),
+        highest={
+            kind: mean(lambda this, kind=kind: max(this.evaluation[kind].values()))  # type: ignore[misc]
+            for kind in ("reference_loss", "test_loss")
+            if getattr(best, kind)
+        },
     )
 
 
@@ -388,11 +399,11 @@ def has_tests(run: RunNumbers) -> bool:
 
 def losses_by_seed(found: Mapping[int, RunNumbers], kind: str) -> dict[str, dict[int, float]]:
     """By column, by seed: the average (weighted as Q is), the highest of all capabilities, and each capability."""
-    losses = {seed: run.test_loss if kind == "test" else run.reference_loss for seed, run in found.items()}
+    losses = {seed: getattr(run, f"{kind}_loss") for seed, run in found.items()}
     averages = {seed: run.Q_test if kind == "test" else run.Q for seed, run in found.items()}
     columns: dict[str, dict[int, float]] = {
         "average": {seed: value for seed, value in averages.items() if value is not None},
-        "worst": {seed: max(each.values()) for seed, each in losses.items()},
+        "worst": {seed: run.worst(f"{kind}_loss") for seed, run in found.items()},
     }
     for name in next(iter(losses.values())):
         columns[f"capability {name}"] = {seed: each[name] for seed, each in losses.items()}

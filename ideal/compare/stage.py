@@ -148,7 +148,7 @@ def allowed_methods(comparison: Comparison) -> dict[str, float]:
                 sizes = data_sizes(run, mixture)
                 together(lambda run=run, sizes=sizes: what_it_takes(run.config, sizes))  # type: ignore[misc]
         except UserError as error:
-            if method == JOINT or asked is not None:
+            if method == JOINT or asked is not None or method in comparison.command.compare.overrides:
                 hint = "" if method == JOINT else f"; or leave {method} out of compare.methods"
                 raise UserError(f"{method}: {error}{hint}") from None
             say(f"compare: {method} is left out: {error}")

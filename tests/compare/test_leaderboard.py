@@ -180,6 +180,21 @@ def test_mean_of_tries():
     assert mean_of_tries(alone, numbers_of(alone, "random", 7)) is None, "one result is no mean"
 
 
+def test_the_worst_of_a_mean_of_tries_is_the_mean_of_the_worst():
+    """Each try's highest loss is 9, of another capability: their mean is 9, where the mean losses' highest is 5."""
+    files = files_of_a_run()
+    losses = [{"a": 1.0, "b": 9.0}, {"a": 9.0, "b": 1.0}]
+    rounds = [
+        replace(this, evaluation={**this.evaluation, "reference_loss": found, "test_loss": found})
+        for this, found in zip(files.results, losses, strict=True)
+    ]
+    tries = replace(files, config={**files.config, "mixing": {"method": "random"}}, rounds=[files.rounds[0], *rounds])
+    best = numbers_of(tries, "random", 7)
+    found = mean_of_tries(tries, best)
+    assert found is not None and found.reference_loss == {"a": 5.0, "b": 5.0}
+    assert found.worst("test_loss") == found.worst("reference_loss") == best.worst("test_loss") == 9.0
+
+
 def test_what_is_not_recorded_is_not_guessed():
     files = files_of_a_run()
     found = numbers_of(replace(files, metrics=files.metrics[1:]), "m", 7)
