@@ -12,6 +12,7 @@ volume), with two seeds: an unchanged inner loop each, and two for each domain. 
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -29,8 +30,8 @@ from validate_page import markdown, rendered  # noqa: E402
 from validate_runs import QUICK, Size, estimations, oracle_jobs, size_of_model  # noqa: E402
 
 from ideal.errors import UserError  # noqa: E402
-from ideal.report.files import write_atomically  # noqa: E402
-from ideal.run_folder import write_json, write_text  # noqa: E402
+from ideal.report.files import Json, write_atomically  # noqa: E402
+from ideal.run_folder import write_text  # noqa: E402
 
 PARTS = ("estimate", "oracle", "page")
 
@@ -63,10 +64,16 @@ def write_page(page: Path, runs: Stored, size: Size) -> None:
     if not all(any(len(runs.complete(s, seeds)) > 1 for s in size.settings) for seeds in needed):
         raise UserError("no setting has two finished seeds of each kind yet: the parts estimate and oracle come first")
     content = content_of(runs, size)
-    write_json(page.parent / page.stem / "validation.json", content)
+    write_text(page.parent / page.stem / "validation.json", compact(content) + "\n")
     write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
     write_text(page, markdown(content, f"figures/{page.stem}.svg"))
     print(f"wrote {page}")
+
+
+def compact(content: Json) -> str:
+    """JSON with six digits of every number, which is more than any of them has."""
+    rounded = json.loads(json.dumps(content), parse_float=lambda text: float(f"{float(text):.6g}"))
+    return json.dumps(rounded, separators=(",", ":"))
 
 
 def main() -> None:
