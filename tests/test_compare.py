@@ -238,11 +238,11 @@ def test_by_default_all_that_the_data_allows(data, tmp_path, monkeypatch, capsys
     assert run(data, tmp_path / "run", **{**COMPARED, **more}) == 0
     out = capsys.readouterr().out
     assert "compare: loss is left out: mixing.method: loss needs" in out and "regmix is left out" not in out
-    listed = next(line for line in out.splitlines() if line.startswith("compare: 12 methods x 2 seeds"))
-    assert ": joint, ideal, uniform, temperature, specific, random, regmix, " in listed
-    # Of 3 domains with 1 revision: joint, uniform, temperature, odm, aioli 1 each; ideal, random, doge, skillit 2;
-    # specific, doremi 3; regmix 5 of a quarter and 1. In all 21.25, with two seeds.
-    assert "compare: up to 42 inner loops" in out
+    listed = next(line for line in out.splitlines() if line.startswith("compare: 13 methods x 2 seeds"))
+    assert ": joint, ideal, uniform, temperature, power_law, specific, random, regmix, " in listed
+    # Of 3 domains with 1 revision: joint, uniform, temperature, odm, aioli 1 each; ideal, power_law, random, doge,
+    # skillit 2; specific, doremi 3; regmix 5 of a quarter and 1. In all 23.25, with two seeds.
+    assert "compare: up to 46 inner loops" in out
 
 
 @pytest.mark.parametrize(

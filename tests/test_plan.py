@@ -303,4 +303,4 @@ def test_checkpoints_between_the_parts_of_one_training_run_are_counted():
     alone, parts = (tiny_plan(mixing__method="loss", mixing__start=start) for start in ("base", "continue"))
     key = "2 checkpoints between rounds"
     assert {name: size for name, size in parts.disk.items() if name != key} == alone.disk
-    assert parts.disk[key] == 2 * 3 * 4 * parts.trained
+    assert parts.disk[key] == 3 * alone.disk["2 models"]
