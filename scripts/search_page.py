@@ -57,6 +57,12 @@ def start_table(start: Json, axis: str) -> Table:
     return Table("", ["method", *map(str, BUDGETS)], rows)
 
 
+def longest_in_words(start: Json) -> str:
+    """How many inner loops the runs have that go on step after step."""
+    found = [f"{name} {start['longest'][name]}" for name in STEPPING if name in start["longest"]]
+    return f"Inner loops of the runs that go on step after step: {', '.join(found)}. Larger budgets hold these too."
+
+
 def winners(start: Json, axis: str) -> list[str]:
     """A line for each budget: who has the lowest mean regret, and who is not told apart from it."""
     lines = []
@@ -110,7 +116,7 @@ def markdown(content: Json, figure: str) -> str:
     if content["unfinished"]:
         parts.append(f"Not finished, and so not in the tables: {', '.join(content['unfinished'])}.")
     for name, start in content["starts"].items():
-        parts += [f"## From the {name} start", f"Start ratios: {start['ratios']}."]
+        parts += [f"## From the {name} start", f"Start ratios: {start['ratios']}.", longest_in_words(start)]
         for axis, title in AXES.items():
             parts += [
                 f"**{title}.** Regret by training runs that may be spent:",

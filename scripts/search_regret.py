@@ -153,7 +153,9 @@ def start_content(rows: Mapping[str, Sequence[Curves]], best: float) -> Json:
     budgets: dict[str, Json] = {
         axis: {str(budget): at_budget(regrets(rows, best, budget, axis)) for budget in BUDGETS} for axis in AXES
     }
-    return {"budgets": budgets, "curves": {row: curve_points(settings, best) for row, settings in rows.items()}}
+    longest = {row: max(p[-1].rounds for curves in found for p in curves.values()) for row, found in rows.items()}
+    lines = {row: curve_points(settings, best) for row, settings in rows.items()}
+    return {"budgets": budgets, "longest": longest, "curves": lines}
 
 
 def chosen(values: Mapping[float, Sequence[float]]) -> float:
