@@ -154,15 +154,20 @@ def run_tasks(
     for task in missing:
         say(f"{model}: {task}")
         started = time.perf_counter()
-        results = simple_evaluate(
-            lm,
-            tasks=[harness_name(task, chat)],
-            task_manager=tasks.manager,
-            limit=wanted.limit,
-            apply_chat_template=chat,
-            log_samples=False,
-            confirm_run_unsafe_code=wanted.run_code,
-        )
+        try:
+            results = simple_evaluate(
+                lm,
+                tasks=[harness_name(task, chat)],
+                task_manager=tasks.manager,
+                limit=wanted.limit,
+                apply_chat_template=chat,
+                log_samples=False,
+                confirm_run_unsafe_code=wanted.run_code,
+            )
+        except (AssertionError, ValueError) as error:
+            # What the harness refuses: a task that asks for longer answers than the model has room for, for one.
+            text = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            raise UserError(f"--tasks: {task} cannot be run on {model}: {text}") from error
         settings, seconds = tasks.settings(task, chat), time.perf_counter() - started
         name = harness_name(task, chat)
         yield task, None if results is None else benchmark(task, name, results, settings, seconds)

@@ -28,14 +28,11 @@ def train_round(run: Run, here: RoundFolder, mixture: Mixture, results: list[Rou
         train_model(run, here, mixture, results)
 
 
-def model_of(run: Run, number: int, results: list[RoundResult]) -> Path:
-    """The trained model of an earlier round; trained again first where it was not kept."""
+def keep_model(run: Run, number: int, results: list[RoundResult]) -> None:
+    """Trains an earlier round's model again where it was not kept."""
     before = run.folder.round(number)
     if find_model(run, before) is None:
         train_model(run, before, mixture_of_round(run, before, [], None), results[:number])
-    found = find_model(run, before)
-    assert found is not None, "it has just been trained"
-    return found
 
 
 def part_of(run: Run, here: RoundFolder, mixture: Mixture, results: list[RoundResult]) -> Part | None:
@@ -109,7 +106,7 @@ def steering_of(run: Run, here: RoundFolder, results: list[RoundResult]) -> Stee
         return None
     reads = run.mixer.reads(here.number)
     for number in reads:
-        model_of(run, number, results)
+        keep_model(run, number, results)
     return Steering(
         controller,
         run.data.references,

@@ -87,6 +87,10 @@ def test_a_task_of_ones_own(model: Path, include: Path) -> None:
     (include / "echo.yaml").write_text(text.replace("max_gen_toks: 6", "max_gen_toks: 1"))
     other = command(model, "--include", include, "--tasks", "echo")
     assert "to do: echo" in other.stdout
+    (include / "echo.yaml").write_text(text.replace("max_gen_toks: 6", "max_gen_toks: 9000"))
+    longer = command(model, "--include", include, "--tasks", "echo")
+    assert longer.returncode == 2 and "Traceback" not in longer.stderr
+    assert re.search(r"error: --tasks: echo cannot be run on .*9000", longer.stderr)
     (include / "echo.yaml").write_text(text)
 
 
