@@ -6,10 +6,15 @@ sweep: the reference, many mixtures of the same trained tokens, and what the bes
 constant, with seeds of its own. methods: the reported runs, by main.py. page: docs/search.md, its figure, its numbers
 and the sweep, from whatever is finished. Without a word all four, in this order. Every part goes on where it was
 stopped; what was tuned stays as it was when the methods run.
+
+Other weights of the capabilities in Q are another benchmark: --weight code=4 --based-on runs/search --output
+runs/search_code --page docs/search_code.md. What it is based on gives it the losses of the mixtures drawn from the
+whole simplex, and the constants, tuned with other seeds and other weights.
 """
 
 import argparse
 import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,7 +30,7 @@ from demo_bench import Bench, Results, Workers  # noqa: E402
 from search_page import markdown, rendered  # noqa: E402
 from search_regret import BUDGETS, TOLERANCE, start_content  # noqa: E402
 from search_runs import BY_LOSS, TUNED, TUNING_SEEDS, Runs, Setting, Size  # noqa: E402
-from search_sweep import FRESH, Plan, Row, Sweep, best_of, mixture_of_key, stored  # noqa: E402
+from search_sweep import FRESH, Plan, Row, Sweep, best_of, mixture_of_key, reweighed, stored  # noqa: E402
 
 from ideal.compare.leaderboard import spread  # noqa: E402
 from ideal.demo import STARTS  # noqa: E402
@@ -41,19 +46,27 @@ UNIFORM, SKEWED = "uniform", "skewed"
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The whole benchmark in a folder."""
+    """The whole benchmark in a folder.
+
+    based_on: another benchmark's folder, whose weights in Q are others. command: what makes this one.
+    """
 
     output: Path
     processes: int
     plan: Plan
     size: Size
+    based_on: Path | None
+    command: str
 
     def run(self, parts: Sequence[str], page: Path) -> None:
         """The parts asked for; page: where the page goes, its figure and its data beside it."""
         bench = Bench.open(self.size.more)
-        runs = Runs(self.output, equal_starts(bench), self.size, self.processes)
+        starts = equal_starts(bench)
+        runs = Runs(self.output, {start: starts[start] for start in self.size.starts}, self.size, self.processes)
         results = Results(self.output / "sweep.jsonl")
         tuning = self.output / "tuning.json"
+        if self.based_on is not None:
+            adopt(self.based_on, results, tuning, bench.data.weights)
         if "sweep" in parts:
             total = round(volume(bench, STARTS[UNIFORM]))
             with Workers(self.processes, self.size.more) as workers:
@@ -66,7 +79,14 @@ class Benchmark:
         if "methods" in parts:
             runs.reported(settings)
         if "page" in parts:
-            write_page(page, list(results.found.values()), runs, settings, read_json(tuning))
+            content = content_of(f"{page.stem}/sweep.jsonl", list(results.found.values()), runs, settings)
+            content |= {
+                "command": self.command,
+                "weights": dict(bench.data.weights),
+                "tuning": read_json(tuning),
+                "tuned_elsewhere": self.based_on is not None,
+            }
+            write_page(page, content, list(results.found.values()))
 
 
 def volume(bench: Bench, ratios: Mapping[str, float]) -> float:
@@ -108,40 +128,58 @@ def constants(file: Path) -> dict[str, float]:
     return {found["row"]: found["taken"] for found in read_json(file)} if file.is_file() else {}
 
 
-def write_page(page: Path, rows: Sequence[Row], runs: Runs, settings: Sequence[Setting], tuning: Json) -> None:
-    """The page, its figure, and beside it the sweep as used and all numbers. Raises UserError without a sweep."""
+def adopt(folder: Path, results: Results, tuning: Path, weights: Mapping[str, float]) -> None:
+    """Takes over from another benchmark what holds with these `weights` too, as far as it is not there yet.
+
+    Raises UserError where that benchmark's sweep or tuning is missing.
+    """
+    for file in (folder / "sweep.jsonl", folder / "tuning.json"):
+        if not file.is_file():
+            raise UserError(f"--based-on {folder}: {file.name} is not there; run that benchmark's sweep and tune first")
+    for row in reweighed(Results(folder / "sweep.jsonl").found.values(), weights):
+        if row["key"] not in results.found:
+            results.add(row["key"], row)
+    if not tuning.is_file():
+        shutil.copyfile(folder / "tuning.json", tuning)
+
+
+def content_of(sweep: str, rows: Sequence[Row], runs: Runs, settings: Sequence[Setting]) -> dict[str, Json]:
+    """The page's numbers. sweep: where its runs go, beside the page. Raises UserError without a sweep."""
     if not any(row["seed"] >= FRESH for row in rows):
         raise UserError(f"{runs.output}: the sweep is not finished; the part sweep comes before the part page")
-    best, (content, digest) = best_of(rows), stored(rows)
-    data = page.parent / page.stem
-    write_atomically(data / "sweep.jsonl", content)
+    best = best_of(rows)
     starts, unfinished = {}, dict[str, None]()
     for start, ratios in runs.starts.items():
         curves, missing = runs.curves(settings, start)
         unfinished |= dict.fromkeys(missing)
         starts[start] = {"ratios": in_words(ratios), **start_content(curves, best.q)}
-    found = {
+    return {
         "sweep": {
             **asdict(best),
             **spread((best.q, best.error), "q"),
             "mixtures": len({mixture_of_key(row["key"]) for row in rows}),
             "runs": len(rows),
             "total_tokens": rows[0]["total_tokens"],
-            "file": f"{page.stem}/sweep.jsonl",
-            "sha256": digest,
+            "file": sweep,
+            "sha256": stored(rows)[1],
         },
         "seeds": list(runs.size.seeds),
         "budgets": list(BUDGETS),
         "tolerance": TOLERANCE,
-        "tuning": tuning,
         "tuning_seeds": list(TUNING_SEEDS),
         "tuning_loops": runs.size.tuning_loops,
         "unfinished": list(unfinished),
         "starts": starts,
     }
-    write_json(data / "search.json", found)
-    write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(found))
-    write_text(page, markdown(found, f"figures/{page.stem}.svg"))
+
+
+def write_page(page: Path, content: Json, rows: Sequence[Row]) -> None:
+    """The page, its figure, and beside it the sweep as used and all numbers."""
+    data = page.parent / page.stem
+    write_atomically(data / "sweep.jsonl", stored(rows)[0])
+    write_json(data / "search.json", content)
+    write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
+    write_text(page, markdown(content, f"figures/{page.stem}.svg"))
     print(f"wrote {page}")
 
 
@@ -150,19 +188,50 @@ def in_words(ratios: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
 
 
+def domain_and_weight(text: str) -> tuple[str, str]:
+    """The parts of DOMAIN=WEIGHT; main.py checks both. Raises argparse's error where it is something else."""
+    domain, equals, weight = text.partition("=")
+    if not (domain and equals and weight):
+        raise argparse.ArgumentTypeError(f"{text}: write DOMAIN=WEIGHT, as in code=4")
+    return domain, weight
+
+
+def command_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
+    """The command that makes the same benchmark; how many processes do it, and in which order, is not part of it."""
+    words = ["bash scripts/search_benchmark.sh"]
+    for key in ("weight", "based_on", "starts", "loops", "output", "page"):
+        value = getattr(given, key)
+        if value != parser.get_default(key):
+            values = [f"{domain}={weight}" for domain, weight in value] if key == "weight" else value
+            words += [f"--{key.replace('_', '-')}", *(map(str, values) if isinstance(values, list) else [str(values)])]
+    return " ".join(words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help="all by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/search"))
     parser.add_argument("--methods", nargs="+", default=(), help="run only these besides joint")
+    parser.add_argument(
+        "--starts", nargs="*", default=[SKEWED, BY_LOSS], choices=(SKEWED, BY_LOSS),
+        help="besides uniform (default: both)",
+    )  # fmt: skip
+    parser.add_argument("--loops", type=int, default=Size.loops, help="of the longest runs (default: %(default)s)")
+    parser.add_argument(
+        "--weight", nargs="+", default=[], type=domain_and_weight, metavar="DOMAIN=WEIGHT",
+        help="of a domain's capability in Q (default: 1 each)",
+    )  # fmt: skip
+    parser.add_argument("--based-on", type=Path, metavar="FOLDER", help="the benchmark whose weights are the demo's")
     parser.add_argument("--page", type=Path, default=Path("docs/search.md"))
     given = parser.parse_args()
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    benchmark = Benchmark(given.output, given.processes, Plan(), Size(methods=given.methods))
+    more = [word for domain, weight in given.weight for word in (f"--data.domains.{domain}.weight", weight)]
+    size = Size(loops=given.loops, starts=(UNIFORM, *given.starts), methods=given.methods, more=more)
     try:
+        benchmark = Benchmark(given.output, given.processes, Plan(), size, given.based_on, command_of(parser, given))
         benchmark.run(given.parts or PARTS, given.page)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

@@ -1,5 +1,7 @@
 """The page and the figure of scripts/search_benchmark.py, from the content of search.json alone."""
 
+from collections.abc import Mapping
+
 import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -100,6 +102,15 @@ def sweep_in_words(sweep: Json) -> str:
     )
 
 
+def weights_in_words(weights: Mapping[str, float]) -> str:
+    """What each capability counts in Q."""
+    if len(set(weights.values())) == 1:
+        return f"Q is the mean loss of the {len(weights)} capabilities."
+    least = min(weights.values())
+    counts = ", ".join(f"{name} {weight / least:.3g}" for name, weight in weights.items())
+    return f"Q is the mean loss of the {len(weights)} capabilities, weighed: {counts}."
+
+
 def markdown(content: Json, figure: str) -> str:
     """The page. figure: where it lies, relative to the page."""
     parts = [
@@ -108,8 +119,9 @@ def markdown(content: Json, figure: str) -> str:
         f" known; mean over seeds {', '.join(map(str, content['seeds']))} ± its standard error. A method that goes on"
         " round after round gives a curve: with a budget of b its result is the round of lowest Q on the *reference*"
         " sets among those that b pays for, whatever came after.",
-        "Made by `bash scripts/search_benchmark.sh`, which goes on where it was stopped; numbers and lists below are"
+        f"Made by `{content['command']}`, which goes on where it was stopped; numbers and lists below are"
         " written by it from search.json. What the methods are: [methods.md](methods.md).",
+        weights_in_words(content["weights"]),
         f"![Regret against cost]({figure})",
         sweep_in_words(content["sweep"]),
     ]
@@ -137,7 +149,8 @@ def markdown(content: Json, figure: str) -> str:
         f"Each method's one documented constant, at most three values, with seeds"
         f" {', '.join(map(str, content['tuning_seeds']))}, {content['tuning_loops']} inner loops and both starts (where"
         " the start matters): the value of lowest mean Q on the reference sets was taken before any reported run."
-        " Methods that are not listed have no such constant, or one that the budget sets.",
+        " Methods that are not listed have no such constant, or one that the budget sets."
+        + (" Tuned in [search.md](search.md), with its weights." if content["tuned_elsewhere"] else ""),
         as_markdown(tuning_table(content)),
         "## How to read this",
         "\n".join(

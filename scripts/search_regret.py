@@ -23,7 +23,9 @@ from ideal.report.files import Json, RunFiles
 
 BUDGETS = (1, 2, 3, 5, 8, 10)
 """Training runs."""
-GRADIENTS = ("ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, one run", "doge")
+GRADIENTS = (
+    "ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, joint solve", "ideal, one run", "doge",
+)  # fmt: skip
 """Rows that measure gradients besides training; all others are what these must beat."""
 START = "joint"
 """The row whose one run is the start's mixture as it is."""

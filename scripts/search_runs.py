@@ -27,8 +27,16 @@ from main import ARGUMENTS
 JOINT, FIRST, BY_LOSS = "joint", "uniform", "loss"
 """The method whose run is the unit of cost; the start that what does not depend on the start is run from; and the start
 that the rule `loss` gives, from which only some methods are run that go on step after step."""
-STEPPING = ("ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, one run", "power_law")
+STEPPING = (
+    "ideal", "ideal, m = 0.15", "ideal, m = 0.3", "ideal, surrogate", "ideal, joint solve", "ideal, one run",
+    "power_law",
+)  # fmt: skip
 FROM_LOSS = (JOINT, "ideal", "ideal, surrogate", "power_law")
+SOLVER = {
+    "solver": "cg", "fisher": "sampled", "damping": 1.0, "sample_fraction": 0.5, "solver_iterations": 10,
+    "batch_size": 250,
+}  # fmt: skip
+"""The joint solve of docs/validation.md: its size, and the damping at which it comes nearest to a solution."""
 TUNING_SEEDS = (50, 51)
 NEVER = 1000
 """A patience that never ends a run: what a budget holds is asked for each budget, not by the method."""
@@ -51,22 +59,24 @@ class Size:
     """How large the benchmark is.
 
     loops: inner loops of the longest runs. tuning_loops: those at which values of a constant are compared.
-    methods: rows to run besides joint; none: all.
+    starts: those to run from, FIRST among them. methods: rows to run besides joint; none: all.
     more: further arguments of main.py, for all runs.
     """
 
     seeds: Sequence[int] = tuple(range(5))
     loops: int = 10
     tuning_loops: int = 5
+    starts: Sequence[str] = (FIRST,)
     methods: Sequence[str] = ()
     more: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its mixing keys.
+    """A method with its keys.
 
     row: its name in tables; the settings of one row are what the method does with different budgets.
+    keys: of the section mixing, or of another one that they name (influence.solver).
     starts: those that it is run from. shared: it keeps nothing of the start but its volume, so that its runs from
     FIRST count for all starts.
     """
@@ -104,6 +114,11 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
             for m in (0.15, 0.3)
         ),
         setting("ideal, surrogate", "ideal_surrogate", "ideal", rounds=loops - 1, step="surrogate"),
+        # The solver as the validation has it: the same rows, iterations and damping.
+        setting(
+            "ideal, joint solve", "ideal_joint", "ideal", rounds=min(8, loops) - 1, step="surrogate",
+            **{f"influence.{key}": value for key, value in SOLVER.items()},
+        ),
         # Two steps within one training run, the demo's own number.
         setting("ideal, one run", "ideal_continue", "ideal", rounds=2, step="fixed", start="continue"),
         setting("power_law", rounds=loops - 1),
@@ -165,7 +180,7 @@ class Runs:
             "mixing.ratios": json.dumps(dict(self.starts[start])),
             "mixing.budget": "fixed",
             "mixing.patience": NEVER,
-            **{f"mixing.{key}": value for key, value in setting.keys.items()},
+            **{key if "." in key else f"mixing.{key}": value for key, value in setting.keys.items()},
         }
         words = [word for key, value in keys.items() for word in (f"--{key}", str(value))]
         return Task(folder, [*words, *self.size.more])

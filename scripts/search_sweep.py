@@ -15,6 +15,7 @@ import numpy as np
 from demo_bench import Bench, Job, Results, Workers
 
 from ideal.compare.leaderboard import mean_and_error
+from ideal.evaluation import weighted
 from ideal.seeding import generator
 
 PICKING, FRESH = 10_000, 20_000
@@ -27,6 +28,8 @@ PARENTS = 6
 """How many of the best mixtures a generation's centre is the mean of."""
 VALUE = "Q_test"
 """What the best is picked by: regret is measured on it."""
+ANYWHERE = "random"
+"""First word of the mixtures that are drawn from the whole simplex."""
 SMALLEST = 1e-4
 """A share below it counts as this much in a logarithm."""
 
@@ -122,6 +125,15 @@ def mixture_of_key(key: str) -> str:
     return key.rsplit("/", 1)[0]
 
 
+def reweighed(rows: Iterable[Row], weights: Mapping[str, float]) -> list[Row]:
+    """The runs of another sweep that do not depend on its weights, with Q by these `weights` of capabilities."""
+    return [
+        {**row, "Q": weighted(row["reference_loss"], weights), "Q_test": weighted(row["test_loss"], weights)}
+        for row in rows
+        if row["key"].startswith(f"{ANYWHERE} ") and row["seed"] < FRESH
+    ]
+
+
 def stored(rows: Sequence[Row]) -> tuple[bytes, str]:
     """The sweep as a file, sorted by key and without what differs from machine to machine, and its sha256."""
     kept = [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
@@ -143,7 +155,7 @@ class Sweep:
         """All of it."""
         n, plan = len(self.bench.domains), self.plan
         drawn = generator(0, "search sweep").dirichlet(np.ones(n), plan.random)
-        self.screen({f"random {i}": p for i, p in enumerate(drawn)})
+        self.screen({f"{ANYWHERE} {i}": p for i, p in enumerate(drawn)})
         for number, spread in enumerate(np.geomspace(WIDEST, NARROWEST, plan.generations)):
             children = around(self.centre(), spread, plan.children, generator(0, "search sweep", number))
             self.screen({f"near {number}.{i}": p for i, p in enumerate(children)})

@@ -8,7 +8,7 @@ import pytest
 from search_page import markdown, rendered
 from search_regret import Point, at_budget, chosen, regrets, start_content, within
 from search_runs import TUNED, settings_of
-from search_sweep import FRESH, PICKING, Plan, around, best_of, centre_of, ranked, stored
+from search_sweep import FRESH, PICKING, Plan, around, best_of, centre_of, ranked, reweighed, stored
 
 SHARES = {"math": 0.25, "code": 0.75}
 
@@ -116,6 +116,17 @@ def test_the_stored_sweep_does_not_depend_on_order_or_clock():
     assert stored(SWEEP[:-1])[1] != digest
 
 
+def test_other_weights_take_over_what_does_not_depend_on_weights():
+    """Mixtures near the best so far were chosen by the old weights, and fresh seeds measured the old best one."""
+    losses = {"reference_loss": {"math": 1.0, "code": 2.0}, "test_loss": {"math": 3.0, "code": 5.0}}
+    rows = [{"key": key, "seed": seed, **losses, "Q": 1.5, "Q_test": 4.0} for key, seed in (
+        ("random 0/10000", PICKING), ("near 0.1/11000", PICKING + 1000), ("random 0/20000", FRESH)
+    )]  # fmt: skip
+    (found,) = reweighed(rows, {"math": 0.2, "code": 0.8})
+    assert found["key"] == "random 0/10000"
+    assert (found["Q"], found["Q_test"]) == (pytest.approx(1.8), pytest.approx(4.6))
+
+
 def test_generations_centre_on_the_best():
     shares = np.array([[0.5, 0.5], [0.2, 0.8], [0.9, 0.1], [0.0, 1.0]])
     centre = centre_of(shares, np.array([0.1, 0.2, 9.0, 8.0]), 2)
@@ -147,9 +158,11 @@ def test_the_page_says_who_wins_and_what_is_missing():
         "sweep": {"runs": 9, "mixtures": 3, "total_tokens": 100, "shares": SHARES, "error": 0.01, "seeds": 2, "q": 0.1,
                   "picked": 0.09, "file": "search/sweep.jsonl", "sha256": "0" * 64},
         "seeds": [0, 1], "tolerance": 0.02, "tuning": [], "tuning_seeds": [50], "tuning_loops": 5,
+        "command": "bash scripts/search_benchmark.sh", "weights": {"math": 0.25, "code": 0.75}, "tuned_elsewhere": True,
         "unfinished": ["doge"], "starts": {"uniform": {"ratios": "math 1", **found}},
     }  # fmt: skip
     page = markdown(content, "figures/search.svg")
     assert "- 2: **loss**, 0.105 ± 0.005; told apart from all others." in page
     assert "Not finished, and so not in the tables: doge." in page
+    assert "weighed: math 1, code 3." in page and "Tuned in [search.md](search.md)" in page
     assert b"<svg" in rendered(content)
