@@ -1,6 +1,6 @@
 """Inner loops on tiny models, for test_training.py: in its own process, and on two ranks by torchrun.
 
-Everything is in float64, so that what is the same mathematically differs by rounding of 1e-15 alone.
+Every case is in float64, so that what is the same mathematically differs by rounding of 1e-15 alone.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -34,8 +35,6 @@ from ideal.mixture import Mixture, build_mixture
 from ideal.model import ModelConfig, load_model
 from ideal.online import Steering
 from ideal.training import TrainConfig, TrainingOutcome, train, training_arguments
-
-ideal.model.DTYPES["float32"] = torch.float64
 
 VOCABULARY = 256
 SEED = 5
@@ -142,9 +141,12 @@ def run_case(
         weights.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
         check(trainer)
 
-    ideal.training._check_equal_weights = keep_and_check
     arguments = {"per_device_train_batch_size": case.per_device, "disable_tqdm": True, "logging_steps": 1}
-    try:
+    with (
+        mock.patch.object(ideal.training, "_check_equal_weights", keep_and_check),
+        # Here alone: other tests of the same process compute in the data type that they name.
+        mock.patch.dict(ideal.model.DTYPES, float32=torch.float64),
+    ):
         outcome = train(
             config,
             TrainConfig(case.global_batch, {**arguments, "use_cpu": True, **case.arguments}),
@@ -158,8 +160,6 @@ def run_case(
             on_step_time=lambda seconds, steps: None,
             steering=steering,
         )
-    finally:
-        ideal.training._check_equal_weights = check
     if outcomes is not None:
         outcomes.append(outcome)
     return weights
@@ -185,13 +185,11 @@ def ranks_drift_apart(models: Path, out: Path) -> str:
             self.evaluate(torch.utils.data.Subset(self.train_dataset, range(4)))
             return super().train(*args, **options)
 
-    plain, ideal.training.InnerLoopTrainer = ideal.training.InnerLoopTrainer, EvaluatesFirst
-    try:
-        run_case(models, Case("bigram", 4, 2), out)
-    except RuntimeError as error:
-        return str(error)
-    finally:
-        ideal.training.InnerLoopTrainer = plain
+    with mock.patch.object(ideal.training, "InnerLoopTrainer", EvaluatesFirst):
+        try:
+            run_case(models, Case("bigram", 4, 2), out)
+        except RuntimeError as error:
+            return str(error)
     return ""
 
 
