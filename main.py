@@ -36,7 +36,8 @@ ARGUMENTS = {
     "influence.layers": ["*.mlp.*_proj"],  # names of the tracked linear layers
     "mixing.method": "ideal",  # see docs/methods.md: joint, uniform, temperature, loss, specific, random, ...
     "mixing.rounds": 2,  # outer steps; one inner loop more than that
-    "mixing.max_change": 0.15,  # m: the largest relative change of a domain in one step
+    "mixing.step": "surrogate",  # surrogate: learns from all rounds; fixed: the paper's step, by max_change at most
+    "mixing.max_change": 0.15,  # m: the largest relative change of a domain (surrogate: of the total) in one step
     "mixing.budget": "free",  # free: the total may grow (paper); fixed: trained tokens stay the same
     "mixing.start": "base",  # base: each inner loop from the base model; continue: one training run in parts
 }

@@ -114,9 +114,9 @@ def settings_of(starts: Sequence[str], loops: int, tuned: Mapping[str, float]) -
             for m in (0.15, 0.3)
         ),
         setting("ideal, surrogate", "ideal_surrogate", "ideal", rounds=loops - 1, step="surrogate"),
-        # The solver as the validation has it: the same rows, iterations and damping.
+        # The solver as the validation has it: the same rows, iterations and damping. Dear, so of few rounds.
         setting(
-            "ideal, joint solve", "ideal_joint", "ideal", rounds=min(8, loops) - 1, step="surrogate",
+            "ideal, joint solve", "ideal_joint", "ideal", rounds=min(5, loops) - 1, step="surrogate",
             **{f"influence.{key}": value for key, value in SOLVER.items()},
         ),
         # Two steps within one training run, the demo's own number.

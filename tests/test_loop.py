@@ -308,7 +308,10 @@ def test_restart_starts_over_and_touches_nothing_else(data, tmp_path, quick, cap
 
 
 # So that the mixture stays as it is, for a comparison with one undivided inner loop.
-STILL = {"mixing__max_change": 1e-9, "mixing__start": "continue", "mixing__budget": "fixed", "data__max_examples": 16}
+STILL = {
+    "mixing__step": "fixed", "mixing__max_change": 1e-9, "mixing__start": "continue", "mixing__budget": "fixed",
+    "data__max_examples": 16,
+}  # fmt: skip
 
 
 def training_log(folder: Path) -> list[tuple[int, float, float]]:
@@ -598,7 +601,7 @@ def test_keep_models(data, tmp_path, quick):
 def test_bad_round_is_not_kept(data, tmp_path, quick):
     """The first round without a lower Q ends the run, and the best one stays."""
     few = {"data__max_examples": 16, "train__num_train_epochs": 8, "train__learning_rate": 3e-2}
-    few |= {"mixing__rounds": 4, "mixing__max_change": 0.9}
+    few |= {"mixing__rounds": 4, "mixing__step": "fixed", "mixing__max_change": 0.9, "mixing__patience": 1}
     assert run(data, tmp_path / "run", **few) == 0
     q = [loss["Q"] for loss in losses(tmp_path / "run")]
     assert len(q) < 5 and q[-1] > min(q), "the case must be one of getting worse"

@@ -28,11 +28,11 @@ class MixingConfig:
     """how often the mixture is revised, so R + 1 inner loops, round_00 to round_RR; ideal, loss, power_law: steps;
     random: further draws; regmix: proxy runs; joint, uniform, temperature: never; specific: once per domain; doremi,
     doge: proxies in turn; skillit, aioli: revisions within the last inner loop; odm: after every step"""
+    step: Literal["surrogate", "fixed"] = "surrogate"
+    """ideal's rule for the next mixture; surrogate: the best point of a model of all rounds' losses and influence
+    (docs/methods.md); fixed: the paper's, beta = -m alpha / max |alpha|"""
     max_change: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """m: the largest relative change of a domain's volume in one outer step"""
-    step: Literal["fixed", "surrogate"] = "fixed"
-    """ideal's rule for the next mixture; fixed: the paper's, beta = -m alpha / max |alpha|; surrogate: the best point
-    of a model of all rounds' losses and influence (docs/methods.md), for which max_change limits the total's change"""
+    """m: the largest relative change of a domain's volume in one fixed step; of the total in one of the surrogate's"""
     budget: Literal["free", "fixed"] = "free"
     """ideal's total; free: it may grow or shrink (paper); fixed: trained tokens stay the same, as with all others"""
     max_total: Annotated[float, Field(ge=1)] | None = None
@@ -53,7 +53,7 @@ class MixingConfig:
     training run, each an equal part of the steps that train.* asks for, with an outer step in between (ideal, loss)"""
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
-    patience: Annotated[int, Field(ge=1)] = 1
+    patience: Annotated[int, Field(ge=1)] = 2
     """stop after this many rounds in a row without a lower Q (or higher score: evaluation.choose_by) than the best
     before; ideal, loss and power_law"""
     proxy_length: Annotated[float, Field(gt=0, le=1)] = 0.25

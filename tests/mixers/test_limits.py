@@ -167,7 +167,7 @@ def first(ratios: list[float] | None = None, losses: tuple[float, float] = (1.0,
 
 
 def propose(setup: Setup = SETUP, rounds: list[RoundResult] | None = None, **config: object) -> Step:
-    step = MIXERS["ideal"](MixingConfig(**config), setup).propose(rounds or [first()])
+    step = MIXERS["ideal"](MixingConfig(**{"step": "fixed", **config}), setup).propose(rounds or [first()])
     assert step is not None
     return step
 

@@ -31,7 +31,7 @@ SETUP = Setup(
 
 
 def mixer(method: str = "ideal", **config: object) -> Mixer:
-    return MIXERS[method](MixingConfig(method=method, **config), SETUP)
+    return MIXERS[method](MixingConfig(**{"method": method, "step": "fixed", **config}), SETUP)
 
 
 def result(influence: np.ndarray | None = MATRIX, shares: np.ndarray = SHARES, round: int = 0) -> RoundResult:
@@ -89,7 +89,7 @@ def proposed(matrix: np.ndarray, shares: np.ndarray, **config: object) -> Step:
     last = RoundResult(0, np.full(n, 50.0), np.ones(n), shares, np.ones(2), WEIGHTS, matrix)
     names = tuple(map(str, range(n)))
     setup = replace(SETUP, domains=names, pool_sizes=last.pool_sizes, pool_tokens=1000 * shares)
-    step = MIXERS["ideal"](MixingConfig(**config), setup).propose([last])
+    step = MIXERS["ideal"](MixingConfig(**{"step": "fixed", **config}), setup).propose([last])
     assert step is not None
     return step
 
