@@ -40,10 +40,11 @@ def settings(config: dict[str, Any]) -> str:
     model = Path(model).name if Path(model).is_absolute() else model  # where it lies is nobody's business
     steps = f"{train['max_steps']} steps" if train.get("max_steps", -1) > 0 else f"{train['num_train_epochs']} epochs"
     ratios = mixing["ratios"] or "1"
+    step = "the surrogate's step" if mixing["step"] == "surrogate" else f"the fixed step, m = {mixing['max_change']:g}"
     return (
         f"Model and data: {model}. Each inner loop: {steps}, global batch {train['global_batch_size']}, learning rate"
-        f" {train['learning_rate']:g}. Start ratios: {ratios}. ideal: budget {mixing['budget']}, m ="
-        f" {mixing['max_change']:g}, {mixing['rounds']} outer steps."
+        f" {train['learning_rate']:g}. Start ratios: {ratios}. ideal: budget {mixing['budget']},"
+        f" {step}, {mixing['rounds']} outer steps."
     )
 
 

@@ -106,7 +106,7 @@ def compare_stage(command: Command) -> None:
     say(f"compare: up to {seeds * sum(loops.values()):,.0f} inner loops, and what the methods do besides\n")
     # What is there already first, so that the leaderboard never shows less than it did.
     all_runs(comparison, methods, start=False)
-    say(f"compare: {len(comparison.runs)} run(s) are finished")
+    say(f"compare: {sum(row in methods for row, _ in comparison.runs)} of {len(methods) * seeds} runs are finished")
     comparison.write(methods)
     all_runs(comparison, methods, start=True)
     say("\n" + console_tables(folder.path) if is_main() else "")
