@@ -31,7 +31,7 @@ from validate_runs import QUICK, Size, estimations, oracle_jobs, size_of_model  
 
 from ideal.errors import UserError  # noqa: E402
 from ideal.report.files import Json, write_atomically  # noqa: E402
-from ideal.run_folder import write_text  # noqa: E402
+from ideal.run_folder import read_json, write_text  # noqa: E402
 
 PARTS = ("estimate", "oracle", "page")
 
@@ -66,7 +66,8 @@ def write_page(page: Path, runs: Stored, size: Size) -> None:
     content = content_of(runs, size)
     write_text(page.parent / page.stem / "validation.json", compact(content) + "\n")
     write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
-    write_text(page, markdown(content, f"figures/{page.stem}.svg"))
+    searches = {f"{file.parent.name}.md": read_json(file) for file in sorted(page.parent.glob("search*/search.json"))}
+    write_text(page, markdown(content, f"figures/{page.stem}.svg", searches))
     print(f"wrote {page}")
 
 

@@ -1,6 +1,6 @@
 """The page and the figure of scripts/validate_influence.py, from the content of validation.json alone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from validate_content import AIMS, MEAN_AIM, OFF_AIM, SIGNIFICANT, WORST_AIM
 from validate_estimates import JOINT, family_of
+from validate_search import whole_runs
 
 from ideal.compare.tables import as_markdown, change
 from ideal.report.figures import FAINT, INK, STYLE, render, styles_of
@@ -168,8 +169,9 @@ def passes_in_words(content: Json) -> str:
     )
 
 
-def markdown(content: Json, figure: str) -> str:
-    """The page: the template with its places filled. figure: where it lies, relative to the page."""
+def markdown(content: Json, figure: str, searches: Mapping[str, Json]) -> str:
+    """The page: the template with its places filled. figure: where it lies, relative to the page. searches: the
+    search benchmarks' content by page."""
     every = next(iter(content["settings"].values()))["estimators"]
     others = [
         f"**{title}**\n\n{as_markdown(measure_table(content, measure, shown(content)))}"
@@ -191,6 +193,7 @@ def markdown(content: Json, figure: str) -> str:
         "aims": as_markdown(aims_table(content)),
         "verdict": as_markdown(verdict_table(content)),
         "figure": figure,
+        "whole_runs": whole_runs(searches),
         "oracle": as_markdown(oracle_table(content)),
         "vector": as_markdown(measure_table(content, "vector", list(every))),
         "residuals": as_markdown(residuals_table(content)),

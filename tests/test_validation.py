@@ -19,6 +19,7 @@ from validate_content import Stored, content_of  # noqa: E402
 from validate_estimates import DAMPINGS, FAMILIES, Mixed, Trail, family_matrices, family_of, label  # noqa: E402
 from validate_page import markdown, rendered  # noqa: E402
 from validate_runs import QUICK, Passes, Size  # noqa: E402
+from validate_search import whole_runs  # noqa: E402
 from validate_source import (  # noqa: E402
     Segment,
     clipped_rates,
@@ -254,7 +255,7 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     assert free["residuals"] == pytest.approx({"joint 1": 0.4})
     assert free["verdict"]["mean"] and free["verdict"]["off_diagonal"]
     assert free["baselines"]["constant"]["vector"]["mean"] is None
-    page = markdown(content, "figures/validation.svg")
+    page = markdown(content, "figures/validation.svg", {})
     assert "{" not in page.replace("{math", "") and "**oracle 0.1**" in page
     assert rendered(content).startswith(b"<?xml")
 
@@ -271,3 +272,21 @@ def test_unfinished_seeds_are_left_out_and_said() -> None:
 
 def test_how_many_inner_loops_it_takes() -> None:
     assert Size().loops(5) == (2 * 5 * 8 * 11, 4 * 11)
+
+
+def test_the_page_says_whether_whole_runs_reach_what_was_aimed_at() -> None:
+    def row(regret: float, against: float | None = None) -> dict[str, float | None]:
+        return {"regret": regret, "regret_error": 0.001, "against_rule": against, "against_rule_error": 0.001}
+
+    at = {"ideal, surrogate": row(0.010, -0.003), "ideal, m = 0.15": row(0.019, 0.006), "loss": row(0.013)}
+    later = {"ideal, surrogate": row(0.008, -0.0015), "ideal, m = 0.15": row(0.012, 0.0025), "loss": row(0.0095)}
+    budgets = {b: {"rule": "loss", "rows": rows} for b, rows in (("3", at), ("5", later), ("8", later))}
+    start = {"budgets": {"loops": budgets}, "curves": dict.fromkeys(at)}
+    content = {
+        "weights": {"math": 0.2, "code": 0.8}, "sweep": {"mixtures": 100, "q": 0.2},
+        "starts": {"uniform": start, "loss": start},
+    }  # fmt: skip
+    found = whole_runs({"search_code.md": content})
+    cells = "| 0.010 | **no** (0.019) | yes (0.012) | yes (loss: -0.003 ± 0.001) | **no** (loss: -0.002 ± 0.001) |"
+    assert f"| code x 4, uniform start {cells}" in found and "loss start" not in found
+    assert "| **ideal, surrogate** | 0.010 ± 0.001 | 0.008 ± 0.001 | 0.008 ± 0.001 |" in found
