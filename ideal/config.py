@@ -192,6 +192,9 @@ def _check_across_groups(config: Config) -> None:
             "mixing.start: the surrogate compares rounds that each start from the base model; leave it at base, or set "
             "mixing.step to fixed"
         )
+    if config.mixing.first == "loss" and not MIXERS[method].first_by_loss:
+        others = ", ".join(name for name, mixer in MIXERS.items() if mixer.first_by_loss and name != "loss")
+        raise UserError(f"mixing.first: loss is for {others}; with {method} leave it at given")
     _check_demands(config, MIXERS[method])
     if (config.model.name_or_path is None) != (config.data.domains is None):
         missing = "data.domains" if config.data.domains is None else "model.name_or_path"

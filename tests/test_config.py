@@ -128,6 +128,7 @@ def test_types_of_words():
         (["--stage", "trian"], "stage: 'trian' is none of run, plan, influence, mix, compare, report"),
         (["--restart", "yes"], "restart: 'yes' is neither true nor false"),
         (["--mixing.method", "unifrom"], "mixing.method: there is no mixer 'unifrom'; did you mean uniform?"),
+        (["--mixing.first", "loss", "--mixing.method", "joint"], "mixing.first: loss is for ideal, power_law"),
         (["--train.max_steps", "5"], "mixing.budget: free has no meaning where train.max_steps"),
         (["--data.domains", "null"], "data.domains: not given"),
         (["--keep_models", "some"], "keep_models: 'some': "),

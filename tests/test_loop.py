@@ -542,6 +542,9 @@ def test_loss_starts_from_the_base_models_losses(data, tmp_path, quick):
             assert abs(domain["share"] - expected) * mixture["total_tokens"] <= 64
     assert run(data, tmp_path / "mix", stage="mix", **few) == 0
     assert read(tmp_path / "mix/mixture.json")["domains"] == first["domains"]
+    assert run(data, tmp_path / "ideal", mixing__first="loss", mixing__rounds=1, mixing__budget="fixed") == 0
+    begun = mixtures(tmp_path / "ideal")
+    assert begun[0]["domains"] == first["domains"] != begun[1]["domains"]
 
 
 def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys, monkeypatch):

@@ -53,6 +53,9 @@ class MixingConfig:
     training run, each an equal part of the steps that train.* asks for, with an outer step in between (ideal, loss)"""
     ratios: dict[str, Annotated[float, Field(ge=0)]] | str | None = None
     """start ratios (size / pool) by domain, or a mixture.json; none: each domain's data.domains.NAME.ratio"""
+    first: Literal["given", "loss"] = "given"
+    """round 0's mixture for ideal and power_law; given: the start ratios; loss: as many trained tokens, shared out by
+    the base model's reference losses, as the method loss does"""
     patience: Annotated[int, Field(ge=1)] = 2
     """stop after this many rounds in a row without a lower Q (or higher score: evaluation.choose_by) than the best
     before; ideal, loss and power_law"""
@@ -137,8 +140,8 @@ class Mixer:
     """
 
     needs_influence: ClassVar[bool] = False
-    needs_base_loss: ClassVar[bool] = False
-    """Whether `start` follows from `setup.base_loss`."""
+    first_by_loss: ClassVar[bool] = False
+    """Whether mixing.first may be loss."""
     has_budget: ClassVar[bool] = False
     """Whether mixing.budget is this method's business; all others hold the start's trained tokens."""
     keeps_limits: ClassVar[bool] = True
@@ -162,6 +165,11 @@ class Mixer:
     def moves(cls) -> bool:
         """Whether this method ever changes its mixture after a round."""
         return cls.propose is not Mixer.propose
+
+    @property
+    def needs_base_loss(self) -> bool:
+        """Whether `start` follows from `setup.base_loss`."""
+        return False
 
     @property
     def tie(self) -> float:

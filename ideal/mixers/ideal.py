@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from ideal.mixers.base import Mixer, RoundResult, Step
+from ideal.mixers.base import RoundResult, Step
+from ideal.mixers.loss import BeginsByLoss
 from ideal.mixers.paper_step import paper_step
 from ideal.mixers.surrogate_step import TIE, surrogate_step
 
 
-class Ideal(Mixer):
+class Ideal(BeginsByLoss):
     """alpha = w^T M, centred when the volume is fixed; beta by the paper's rule, or the next mixture by a surrogate."""
 
     needs_influence = True

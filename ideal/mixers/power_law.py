@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
-from ideal.mixers.base import Mixer, RoundResult, Step
+from ideal.mixers.base import RoundResult, Step
+from ideal.mixers.loss import BeginsByLoss
 from ideal.mixers.surrogate_step import TIE, surrogate_step
 
 
-class PowerLaw(Mixer):
+class PowerLaw(BeginsByLoss):
     """The next mixture by power laws in the shares, fitted to every reference loss of all rounds.
 
     The model, its prior (a capability gains most from the domain of its name, or the one that it names) and the region

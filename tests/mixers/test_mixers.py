@@ -226,6 +226,20 @@ def test_loss_by_hand():
     np.testing.assert_allclose(some * SETUP.pool_tokens, [200, 0, 500], rtol=1e-14)
 
 
+@pytest.mark.parametrize("method", ["ideal", "power_law"])
+def test_others_may_begin_where_loss_does(method):
+    """Their round 0 is `loss`'s, also while the base model's losses are unknown; given: the ratios as they are."""
+    for setup in (NAMED, replace(NAMED, base_loss=None)):
+        own = MIXERS[method](MixingConfig(method=method, first="loss"), setup)
+        assert own.needs_base_loss
+        np.testing.assert_array_equal(own.start(RATIOS), loss_mixer(setup).start(RATIOS))
+    given = MIXERS[method](MixingConfig(method=method), NAMED)
+    assert given.start(RATIOS) is RATIOS and not given.needs_base_loss
+    unnamed = replace(NAMED, capabilities=("a", "b", "d", "more"))
+    with pytest.raises(UserError, match=r"mixing\.first: loss needs .* c has none; .* set mixing\.first to something"):
+        MIXERS[method](MixingConfig(method=method, first="loss"), unnamed).start(RATIOS)
+
+
 def test_loss_follows_the_last_round():
     """Now w L = (0.2, 0.6, 0.2)."""
     rounds = [
