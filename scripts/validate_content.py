@@ -15,6 +15,7 @@ from validate_numbers import (
     ceiling,
     central_difference,
     chosen,
+    first_step,
     in_form,
     off_diagonal,
     others_mean,
@@ -32,6 +33,9 @@ from ideal.report.files import Json
 MEAN_AIM, WORST_AIM, OFF_AIM = 0.90, 0.80, 0.70
 """Least mean and worst seed of the vector's Pearson correlation, and least mean of the off-diagonal one."""
 LOSSES = ("reference_loss", "test_loss")
+SURROGATE = "surrogate with"
+IN_SURROGATE = ("EK-FAC 0.1", "joint 1")
+"""Estimators that the surrogate's first step is also shown with: the default, and the joint solve."""
 SIGNIFICANT = 2.0
 """|t| from which an entry of the oracle counts as measured."""
 
@@ -94,9 +98,16 @@ class Stored:
         centre = self.centres[setting.centre_key(seed)]
         shares = np.array([centre["shares"][name] for name in self.domains])
         losses = centre["reference_loss"]
-        plain = baselines(shares, [losses[name] for name in self.capabilities], [losses[name] for name in self.domains])
+        own = [self.domains.index(name) if name in self.domains else None for name in self.capabilities]
+        of_capabilities = [losses[name] for name in self.capabilities]
+        plain = baselines(shares, of_capabilities, [losses[name] for name in self.domains])
+        learnt = {
+            f"{SURROGATE} {name}": first_step(centre["estimates"][name], shares, of_capabilities, own, setting.volume)
+            for name in IN_SURROGATE
+            if name in centre["estimates"]
+        }
         return (
-            {name: in_form(matrix, shares, setting.volume) for name, matrix in centre["estimates"].items()},
+            {name: in_form(matrix, shares, setting.volume) for name, matrix in centre["estimates"].items()} | learnt,
             {name: in_form(matrix, shares, setting.volume) for name, matrix in plain.items()},
         )
 
@@ -152,7 +163,7 @@ def choice(stored: Stored, size: Size) -> Json:
     every = {setting.name: compared(stored, setting, size.choosing) for setting in size.settings}
     found = {name: each for name, each in every.items() if each is not None}
     first, *others = (each.estimators for each in found.values())
-    names = [name for name in first if all(name in other for other in others)]
+    names = [name for name in first if not name.startswith(SURROGATE) and all(name in other for other in others)]
     table = {
         estimator: {name: each.estimators[estimator]["vector"] for name, each in found.items()} for estimator in names
     }

@@ -4,7 +4,7 @@ Letters: S seeds, R capabilities, n domains, E estimates. A correlation is plain
 does not vary.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import rankdata
 
 from ideal.influence import fixed_form
+from ideal.mixers.surrogate import Observed, fit
 
 Array = NDArray[np.float64]
 
@@ -145,6 +146,23 @@ def baselines(shares: ArrayLike, losses: ArrayLike, own_losses: ArrayLike) -> di
 def in_form(matrix: ArrayLike, shares: ArrayLike, volume: str) -> Array:
     """A free-form prediction [R, n] as the derivative at this volume, free or fixed."""
     return fixed_form(matrix, shares) if volume == "fixed" else np.asarray(matrix, dtype=np.float64)
+
+
+def first_step(
+    matrix: ArrayLike, shares: ArrayLike, losses: ArrayLike, own: Sequence[int | None], volume: str
+) -> Array:
+    """[R, n] what the surrogate (ideal/mixers/surrogate.py) expects after one round with this influence, in the form
+    of the volume: the influence scaled and drawn towards the prior.
+
+    Args:
+        matrix: [R, n] the influence in its free form. shares: [n]. losses: [R].
+        own: [R] the domain of each capability's name, None where there is none.
+    """
+    shares, losses = np.asarray(shares, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    slopes = in_form(matrix, shares, volume) / losses[:, None]
+    seen = Observed(shares, 1.0 if volume == "free" else None, losses, slopes, np.zeros_like(slopes))
+    coefficients = fit([seen], own).mean[:, 1:]
+    return np.asarray(losses[:, None] * (coefficients @ seen.derivatives.T))
 
 
 MEASURES = ("vector", "vector_spearman", "off_diagonal", "off_diagonal_spearman", "rows", "size")

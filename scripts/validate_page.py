@@ -116,14 +116,14 @@ def entry(mean: float, t: float | None) -> str:
 
 def shown(content: Json) -> list[str]:
     """Of each family the damping that was best with the choosing seeds, in the order of the estimators; without such
-    seeds all."""
+    seeds, or where a family had no part in the choice, all."""
+    every = list(next(iter(content["settings"].values()))["estimators"])
     if not content["choice"]["table"]:
-        return list(next(iter(content["settings"].values()))["estimators"])
+        return every
     ranked = [row["estimator"] for row in content["choice"]["table"]]
     best: dict[str, str] = {}
-    for estimator in ranked:
+    for estimator in [*ranked, *every]:
         best.setdefault(family_of(estimator), estimator)
-    every = next(iter(content["settings"].values()))["estimators"]
     return [estimator for estimator in every if estimator in best.values()]
 
 

@@ -290,3 +290,17 @@ def test_the_page_says_whether_whole_runs_reach_what_was_aimed_at() -> None:
     cells = "| 0.010 | **no** (0.019) | yes (0.012) | yes (loss: -0.003 ± 0.001) | **no** (loss: -0.002 ± 0.001) |"
     assert f"| code x 4, uniform start {cells}" in found and "loss start" not in found
     assert "| **ideal, surrogate** | 0.010 ± 0.001 | 0.008 ± 0.001 | 0.008 ± 0.001 |" in found
+
+
+def test_the_surrogates_first_step_takes_the_influences_proportions() -> None:
+    """Whatever its size, since that is unknown before anything was retrained; and of a power law's own derivatives
+    it makes something near them, drawn towards its prior."""
+    shares, losses = np.array([0.5, 0.3, 0.2]), np.array([0.4, 1.5])
+    exponents = np.array([[-0.3, 0.1, 0.0], [0.0, -0.2, -0.1]])
+    true = losses[:, None] * (exponents - exponents.sum(axis=1, keepdims=True) * shares)
+    found = numbers.first_step(70 * true, shares, losses, [0, None], "fixed")
+    assert numbers.first_step(7 * true, shares, losses, [0, None], "fixed") == pytest.approx(found)
+    assert found.sum(axis=1) == pytest.approx(0, abs=1e-12), "more of everything changes no share"
+    assert numbers.pearson(found.ravel(), true.ravel()) > 0.95
+    free = numbers.first_step(70 * (true + losses[:, None] * shares * -0.2), shares, losses, [0, None], "free")
+    assert (free.sum(axis=1) < 0).all(), "more volume helps"
