@@ -46,7 +46,7 @@ def run_loop(run: Run) -> None:
         if step is None:
             reason = stop or reason
             break
-    finish_run(run, reason)
+    finish_run(run, reason, mixer.advice(results))
 
 
 def end_in_words(mixer: Mixer, last: int) -> str:
@@ -102,8 +102,11 @@ def finish_round(run: Run, here: RoundFolder, step: Step | None) -> None:
     barrier()
 
 
-def finish_run(run: Run, reason: str) -> None:
-    """The best round's mixture and model to the top of the folder, exports, report, and a last word."""
+def finish_run(run: Run, reason: str, advice: str | None) -> None:
+    """The best round's mixture and model to the top of the folder, exports, report, and a last word.
+
+    advice: whether another round is worth its cost, where the method can say.
+    """
     best = best_round(run)
     assert best is not None, "a method's last round is a result"
     here = run.folder.round(best)
@@ -120,7 +123,7 @@ def finish_run(run: Run, reason: str) -> None:
             for name, domain in mixture_of_sizes(run.trained_tokens, content, seed=run.config.seed).domains.items()
         }
         export_mixture(run.folder.path, run.data.pools, counts)
-        write_json(run.folder.state, {"finished": True, "reason": reason, "best_round": best,
+        write_json(run.folder.state, {"finished": True, "reason": reason, "best_round": best, "advice": advice,
                                       "warnings": run.warnings})  # fmt: skip
         render_report(run.folder.path)
         say(f"finished: {reason}\n\n{final_summary(load_run(run.folder.path))}")

@@ -391,6 +391,10 @@ def test_the_surrogate_goes_on_as_if_it_had_not_been_interrupted(data, tmp_path,
     assert run(data, tmp_path / "grown", **{**few, "mixing__rounds": 1}) == 0
     assert run(data, tmp_path / "grown", **few) == 0
     assert_same_run(tmp_path / "grown", tmp_path / "whole")
+    said = capsys.readouterr().out
+    assert said.count("\nOutlook: another run is expected to lower Q by") == 6, "after 3 steps, and at 3 ends"
+    advice = [read(tmp_path / name / "state.json")["advice"] for name in ("whole", "grown")]
+    assert advice[0] == advice[1] and "from training noise alone" in advice[0]
     steps = [read(path) for path in sorted((tmp_path / "whole").glob("round_*/step.json"))]
     assert steps == [read(path) for path in sorted((tmp_path / "grown").glob("round_*/step.json"))]
     assert len(steps) == 2 and list(steps[0]["predicted"]["reference_loss"]) == list(DOMAINS)

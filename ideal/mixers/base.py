@@ -241,6 +241,10 @@ class Mixer:
         """The step after the last of `rounds`; None when this method never changes its mixture."""
         return None
 
+    def advice(self, rounds: Sequence[RoundResult]) -> str | None:
+        """Whether another round after `rounds` is worth its cost, in words; None where this method cannot say."""
+        return None
+
     def with_shares(self, shares: np.ndarray, ratios: np.ndarray) -> np.ndarray:
         """[n] the ratios that have token shares [n] and the volume of `ratios` [n], brought within the limits."""
         tokens, limits = self.setup.pool_tokens, self.setup.limits

@@ -20,6 +20,10 @@ class Ideal(BeginsByLoss):
         """The surrogate's own, where it chooses."""
         return TIE if self.config.step == "surrogate" else 0.0
 
+    def advice(self, rounds: Sequence[RoundResult]) -> str | None:
+        """The surrogate's."""
+        return self.propose(rounds).information["advice"] if self.config.step == "surrogate" else None
+
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
         """The surrogate's step from all rounds, or the paper's from the last round's influence matrix."""
         fixed, demands = self.config.budget == "fixed", self.demands(rounds[0])

@@ -20,6 +20,10 @@ class PowerLaw(BeginsByLoss):
         """As with the surrogate."""
         return TIE
 
+    def advice(self, rounds: Sequence[RoundResult]) -> str:
+        """As with the surrogate."""
+        return str(self.propose(rounds).information["advice"])
+
     def propose(self, rounds: Sequence[RoundResult]) -> Step:
         """The step to the lowest expected Q, or what else the goal is, near the best round."""
         demands = self.demands(rounds[0])

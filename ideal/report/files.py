@@ -32,6 +32,8 @@ class RoundFiles:
     """domains, capabilities, matrix [R, n] (free form), matrix_fixed, alpha, standard_errors and more."""
     change: Json = field(default_factory=dict)
     """from_round, and predicted, observed and perhaps unscaled changes: reference_loss per capability, Q."""
+    step: Json = field(default_factory=dict)
+    """What the next mixture rests on, where the method says more: advice, predicted and others."""
     training: Json = field(default_factory=dict)
     """steps, training_loss, seconds, observed, is_result (whether its model may be the run's result)."""
     free_objective: dict[str, float] = field(default_factory=dict)
@@ -172,6 +174,7 @@ def load_run(folder: Path) -> RunFiles:
             evaluation=read(path / "evaluation.json", json.loads, dict),
             influence=read(path / "influence.json", json.loads, dict),
             change=read(path / "change.json", json.loads, dict),
+            step=read(path / "step.json", json.loads, dict),
             training=read(path / "training.json", json.loads, dict),
             free_objective=read(path / "influence.csv", _objective_row, dict),
         )

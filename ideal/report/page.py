@@ -120,6 +120,7 @@ def _round(run: RunFiles, this: RoundFiles) -> Json:
         "held": tables.held_in_words(this.mixture),
         "losses": tables.loss_table(run, this.number),
         "changes": tables.change_of_losses_table(run, this.number),
+        "advice": tables.advice_of_round(run, this.number),
         "figure": f"influence_round_{this.number:02d}",
         "free": free,
         "errors": any("±" in cell for row in free.rows for cell in row),

@@ -415,7 +415,16 @@ def round_table(run: RunFiles, round_number: int, next_mixture: Json | None = No
     best = run.best
     if best is not None and best.number == round_number and len(run.evaluated) > 1:
         parts.append(f"The best round so far, by {run.measure}.")
+    advice = advice_of_round(run, round_number)
+    if advice:
+        parts.append(textwrap.fill(advice, WIDTH))
     return "\n\n".join(parts)
+
+
+def advice_of_round(run: RunFiles, round_number: int) -> str:
+    """Whether the run after this one is worth its cost, as a sentence; empty where the method does not say."""
+    advice = run.round(round_number).step.get("advice")
+    return f"Outlook: {advice}." if advice else ""
 
 
 def final_summary(run: RunFiles) -> str:
@@ -469,6 +478,8 @@ def outcome(run: RunFiles) -> list[str]:
     if best.number and None not in tokens and run.method.successive:
         pair = f"{count(tokens[0])} -> {count(tokens[1])}"
         lines.append(f"Trained tokens in the mixture: {pair} ({relative(tokens[0], tokens[1])})")
+    if run.state.get("advice"):
+        lines.append(f"Outlook: {run.state['advice']} (more rounds: a larger mixing.rounds goes on from here).")
     return lines
 
 

@@ -505,6 +505,8 @@ def test_predictions_and_limits_are_shown(tmp_path):
     write(folder / "round_01" / "change.json", {"from_round": 0, **changes})
     mixture = json.loads((folder / "round_01" / "mixture.json").read_text())
     write(folder / "round_01" / "mixture.json", {**mixture, "held": {"math": "most_ratio"}})
+    write(folder / "round_01" / "step.json", {"advice": "another run: worth it"})
+    write(folder / "state.json", {"finished": True, "advice": "another run: little is left"})
     run = load_run(folder)
     table = tables.change_of_losses_table(run, 1)
     assert table.header == ["change of loss since round 0", "predicted", "observed"]
@@ -513,4 +515,7 @@ def test_predictions_and_limits_are_shown(tmp_path):
     text = round_table(run, 1)
     assert "At a limit: math (most_ratio)" in text and "-0.0345" in text
     page = render_report(folder).read_text()
+    assert "Outlook: another run: worth it." in text and "Outlook: another run: worth it." in page
+    assert not tables.advice_of_round(run, 0)
+    assert "Outlook: another run: little is left (more rounds" in final_summary(run) and "little is left" in page
     assert "Predicted and observed" in page and "At a limit: math (most_ratio)." in page
