@@ -18,11 +18,10 @@ NOT_MEASURED = "not measured"
 
 
 def starts_of(pages: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
-    """Every start of every page, with a title; the start that a rule gives is not among those asked for."""
+    """Every start of every page, with a title."""
     for content in pages.values():
         for start, found in content["starts"].items():
-            if start != "loss":
-                yield f"{weights_of(content['weights'])}, {start} start", found
+            yield f"{weights_of(content['weights'])}, {start} start", found
 
 
 def weights_of(weights: Mapping[str, float]) -> str:

@@ -288,7 +288,7 @@ def test_the_page_says_whether_whole_runs_reach_what_was_aimed_at() -> None:
     }  # fmt: skip
     found = whole_runs({"search_code.md": content})
     cells = "| 0.010 | **no** (0.019) | yes (0.012) | yes (loss: -0.003 ± 0.001) | **no** (loss: -0.002 ± 0.001) |"
-    assert f"| code x 4, uniform start {cells}" in found and "loss start" not in found
+    assert f"| code x 4, uniform start {cells}" in found and f"loss start {cells}" in found
     assert "| **ideal, surrogate** | 0.010 ± 0.001 | 0.008 ± 0.001 | 0.008 ± 0.001 |" in found
 
 
