@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -30,15 +31,18 @@ from demo_bench import Bench, Results, Workers  # noqa: E402
 from search_page import markdown, rendered  # noqa: E402
 from search_regret import BUDGETS, TOLERANCE, start_content  # noqa: E402
 from search_runs import BY_LOSS, TUNED, TUNING_SEEDS, Runs, Setting, Size  # noqa: E402
-from search_sweep import FRESH, Plan, Row, Sweep, best_of, mixture_of_key, reweighed, stored  # noqa: E402
+from search_sweep import FRESH, SMALLER, Plan, Row, Sweep, best_of, mixture_of_key, reweighed, stored  # noqa: E402
 
 from ideal.compare.leaderboard import spread  # noqa: E402
+from ideal.config import dump, read_command  # noqa: E402
 from ideal.demo import STARTS  # noqa: E402
 from ideal.errors import UserError  # noqa: E402
 from ideal.evaluation import evaluate  # noqa: E402
 from ideal.mixers.loss import shares_by_loss  # noqa: E402
+from ideal.preparation import with_demo  # noqa: E402
 from ideal.report.files import Json, write_atomically  # noqa: E402
 from ideal.run_folder import read_json, write_json, write_text  # noqa: E402
+from main import ARGUMENTS  # noqa: E402
 
 PARTS = ("sweep", "tune", "methods", "page")
 UNIFORM, SKEWED = "uniform", "skewed"
@@ -188,12 +192,28 @@ def in_words(ratios: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {ratio:.3g}" for name, ratio in ratios.items())
 
 
-def domain_and_weight(text: str) -> tuple[str, str]:
-    """The parts of DOMAIN=WEIGHT; main.py checks both. Raises argparse's error where it is something else."""
-    domain, equals, weight = text.partition("=")
-    if not (domain and equals and weight):
-        raise argparse.ArgumentTypeError(f"{text}: write DOMAIN=WEIGHT, as in code=4")
-    return domain, weight
+def domain_and_weight(text: str) -> tuple[str, float]:
+    """The parts of DOMAIN=WEIGHT. Raises argparse's error where it is something else."""
+    domain, _, weight = text.partition("=")
+    try:
+        return domain, float(weight)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: write DOMAIN=WEIGHT, as in code=4") from None
+
+
+def weighed_demo(weights: Sequence[tuple[str, float]], file: Path) -> Sequence[str]:
+    """Arguments of main.py for the demo with other weights of its domains' capabilities: its configuration, written to
+    `file`. Raises UserError for a domain that it has not."""
+    if not weights:
+        return ()
+    tree = dump(with_demo(read_command(ARGUMENTS, []).config))
+    domains = tree["data"]["domains"]
+    for domain, weight in weights:
+        if domain not in domains:
+            raise UserError(f"--weight: there is no domain {domain}; there are {', '.join(domains)}")
+        domains[domain]["weight"] = weight
+    write_text(file, yaml.safe_dump(tree, sort_keys=False))
+    return "--config", str(file)
 
 
 def command_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
@@ -202,7 +222,7 @@ def command_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> st
     for key in ("weight", "based_on", "starts", "loops", "output", "page"):
         value = getattr(given, key)
         if value != parser.get_default(key):
-            values = [f"{domain}={weight}" for domain, weight in value] if key == "weight" else value
+            values = [f"{domain}={weight:g}" for domain, weight in value] if key == "weight" else value
             words += [f"--{key.replace('_', '-')}", *(map(str, values) if isinstance(values, list) else [str(values)])]
     return " ".join(words)
 
@@ -228,10 +248,13 @@ def main() -> None:
     unknown = set(given.parts) - set(PARTS)
     if unknown:
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
-    more = [word for domain, weight in given.weight for word in (f"--data.domains.{domain}.weight", weight)]
-    size = Size(loops=given.loops, starts=(UNIFORM, *given.starts), methods=given.methods, more=more)
     try:
-        benchmark = Benchmark(given.output, given.processes, Plan(), size, given.based_on, command_of(parser, given))
+        more = weighed_demo(given.weight, given.output / "demo.yaml")
+        size = Size(loops=given.loops, starts=(UNIFORM, *given.starts), methods=given.methods, more=more)
+        benchmark = Benchmark(
+            given.output, given.processes, SMALLER if given.based_on else Plan(), size, given.based_on,
+            command_of(parser, given),
+        )  # fmt: skip
         benchmark.run(given.parts or PARTS, given.page)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None

@@ -57,6 +57,10 @@ class Plan:
         return screened + sum(count * seeds for count, seeds in self.rounds) + self.fresh
 
 
+SMALLER = Plan(generations=3, rounds=((12, 2), (4, 3), (2, 6)))
+"""With other weights, where the mixtures over the whole simplex are known already: still more than 100 mixtures."""
+
+
 @dataclass(frozen=True)
 class Best:
     """The best mixture known.
