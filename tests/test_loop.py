@@ -100,17 +100,23 @@ def test_mixtures_of_a_run(finished):
     assert rounds[1]["domains"] != rounds[0]["domains"] and rounds[2]["domains"] != rounds[1]["domains"]
 
 
-def test_mixture_follows_from_influence(finished):
-    """The step by hand from round 0's influence.json leads to round 1's beta."""
-    influence = read(finished / "round_00" / "influence.json")
-    matrix, shares = np.array(influence["matrix"]), np.array(influence["shares"])
+def test_alpha_follows_from_influence(finished):
+    content = read(finished / "round_00" / "influence.json")
+    matrix, shares = np.array(content["matrix"]), np.array(content["shares"])
     domains = read(finished / "round_00" / "mixture.json")["domains"].values()
     np.testing.assert_allclose(shares, [d["share"] for d in domains])
     alpha = matrix.mean(0)
-    alpha = alpha - shares * alpha.sum()
-    np.testing.assert_allclose(influence["alpha"], alpha, rtol=1e-9)
+    np.testing.assert_allclose(content["alpha"], alpha - shares * alpha.sum(), rtol=1e-9)
+
+
+def test_the_fixed_step_follows_from_influence(data, tmp_path, quick):
+    """The paper's step by hand from round 0's influence.json leads to round 1's beta."""
+    few = {**FIXED, "mixing__step": "fixed", "mixing__rounds": 1, "data__max_examples": 16}
+    assert run(data, tmp_path / "run", **few) == 0
+    content = read(tmp_path / "run/round_00/influence.json")
+    alpha, shares = np.array(content["alpha"]), np.array(content["shares"])
     grown = 1 - 0.15 * alpha / abs(alpha).max()
-    after = read(finished / "round_01" / "mixture.json")["domains"].values()
+    after = mixtures(tmp_path / "run")[1]["domains"].values()
     np.testing.assert_allclose([d["beta"] for d in after], grown / (shares @ grown) - 1, rtol=1e-9)
 
 
