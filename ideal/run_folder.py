@@ -271,7 +271,10 @@ class RunFolder:
             before = flat(yaml.safe_load(self.config.read_text(encoding="utf-8")) or {})
         except (yaml.YAMLError, AttributeError):
             raise UserError(f"output_dir: {self.config} cannot be read; name another folder") from None
-        now, before = flat(config), {**defaults, **before}
+        # A mapping that was given stands there by its entries, not by its own key.
+        given = {key[:end] for key in before for end, letter in enumerate(key) if letter == "."}
+        unknown = {key: value for key, value in defaults.items() if key not in given}
+        now, before = flat(config), {**unknown, **before}
         changed = [
             f"{key} ({before.get(key, 'not set')} -> {now.get(key, 'not set')})"
             for key in dict.fromkeys([*before, *now])

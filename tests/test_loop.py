@@ -184,6 +184,15 @@ def test_the_same_command_again_changes_nothing(finished, data):
     assert {k: v for k, v in files(finished).items() if k != "config.yaml"} == before
 
 
+def test_a_run_with_capabilities_of_their_own_goes_on(data, tmp_path, quick, capsys):
+    """A mapping among the keys, whose default is an empty one."""
+    few = {"mixing__method": "joint", "data__max_examples": 16}
+    few["data__capabilities__more__reference"] = str(data / "math" / "reference.jsonl")
+    for _ in range(2):
+        assert run(data, tmp_path / "run", **few) == 0, capsys.readouterr().err
+    assert "this run is finished" in capsys.readouterr().out
+
+
 def test_one_process_gives_the_same(finished, data, tmp_path, quick):
     assert run(data, tmp_path / "run", **FIXED) == 0
     assert_same_run(tmp_path / "run", finished)

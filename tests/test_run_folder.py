@@ -83,6 +83,11 @@ def test_check(folder, tmp_path):
     folder.check({**same, "new": {"key": 1}}, flat, defaults={"new.key": 1})
     with pytest.raises(UserError, match="new.key"):
         folder.check({**same, "new": {"key": 2}}, flat, defaults={"new.key": 1})
+    # One that was given as a mapping was known, and is not at its default.
+    known = {"mixing.rounds": 2, "mixing": {}, "train": {}}
+    folder.check(same, flat, defaults=known)
+    with pytest.raises(UserError, match=r"train\.report_to|mixing\.rounds \(1 -> not set\)"):
+        folder.check({**same, "mixing": {}}, flat, defaults=known)
     with pytest.raises(UserError, match=r"seed \(0 -> 1\)\."):
         folder.check({**same, "seed": 1}, flat)
     with pytest.raises(UserError, match=r"mixing\.rounds \(1 -> 0\)"):
