@@ -77,6 +77,11 @@ class Stored:
     def _keys(self, setting: Setting, seed: int) -> list[str]:
         return [setting.key(domain, sign, seed) for domain in self.domains for sign in (1, -1)]
 
+    def steps(self, setting: Setting, seeds: Sequence[int]) -> tuple[int, int]:
+        """The fewest and the most optimizer steps of the oracle's inner loops."""
+        found = [self.oracle[key]["steps"] for seed in seeds for key in self._keys(setting, seed)]
+        return min(found), max(found)
+
     def measured(self, setting: Setting, seeds: Sequence[int]) -> Measured:
         """The oracle of these seeds, which must be complete."""
         matrices = [np.array([self._derivatives(setting, seed, kind) for seed in seeds]) for kind in LOSSES]
@@ -294,6 +299,7 @@ def content_of(stored: Stored, size: Size) -> Json:
             "passes": setting.passes,
             "volume": setting.volume,
             "steps": float(np.mean([row["steps"] for row in centres])),
+            "oracle_steps": stored.steps(setting, found.seeds),
             "Q": plain(np.array([row["Q"] for row in centres])),
             "oracle": oracle_content(stored, found),
             "estimators": correlations(found.estimators),

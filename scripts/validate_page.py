@@ -19,6 +19,8 @@ from ideal.report.tables import MISSING, Table
 
 DEMO, MODEL = (Path(__file__).with_name(f"validate_{name}.template.md") for name in ("influence", "model"))
 """The page's text; MODEL: for a model and data of one's own."""
+SHORT = 50
+"""Optimizer steps below which one more or less is a change of its own."""
 MET, MISSED = "met", "**missed**"
 OTHER_MEASURES = {
     "vector_spearman": "Spearman of the vector",
@@ -80,6 +82,21 @@ def verdict_in_words(content: Json) -> str:
         state = "met in all settings" if not missing else f"missed in {len(missing)} of {len(every)}"
         lines.append(f"- {text}: {state}{'' if not missing else ' (' + '; '.join(missing) + ')'}.")
     return "\n".join(lines)
+
+
+def steps_in_words(content: Json) -> str:
+    """Whether a change of the mixture also changed how long training took, where the volume was held."""
+    lines = []
+    for name, setting in content["settings"].items():
+        fewest, most = setting["oracle_steps"]
+        if setting["volume"] == "fixed" and fewest < most and fewest < SHORT:
+            lines.append(
+                f"**{short(name)}: the inner loops took {fewest} to {most} optimizer steps.** Trained tokens are held,"
+                " but a step is a number of examples, and domains differ in tokens per example; where training is so"
+                " short, what is measured is the steps as much as the mixture. Longer inner loops are needed before"
+                " this says anything about influence."
+            )
+    return "\n\n".join(lines)
 
 
 def oracle_table(content: Json) -> Table:
@@ -194,6 +211,7 @@ def markdown(content: Json, figure: str, searches: Mapping[str, Json]) -> str:
         "verdict": as_markdown(verdict_table(content)),
         "figure": figure,
         "whole_runs": whole_runs(searches),
+        "steps_in_words": steps_in_words(content),
         "oracle": as_markdown(oracle_table(content)),
         "vector": as_markdown(measure_table(content, "vector", list(every))),
         "residuals": as_markdown(residuals_table(content)),

@@ -17,7 +17,7 @@ import validate_numbers as numbers  # noqa: E402
 from tiny import World, make_world  # noqa: E402
 from validate_content import Stored, content_of  # noqa: E402
 from validate_estimates import DAMPINGS, FAMILIES, Mixed, Trail, family_matrices, family_of, label  # noqa: E402
-from validate_page import markdown, rendered  # noqa: E402
+from validate_page import markdown, rendered, steps_in_words  # noqa: E402
 from validate_runs import QUICK, Passes, Size  # noqa: E402
 from validate_search import whole_runs  # noqa: E402
 from validate_source import (  # noqa: E402
@@ -258,6 +258,16 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     page = markdown(content, "figures/validation.svg", {})
     assert "{" not in page.replace("{math", "") and "**oracle 0.1**" in page
     assert rendered(content).startswith(b"<?xml")
+
+
+def test_a_page_says_where_training_is_so_short_that_steps_count() -> None:
+    content = content_of(made_up(SMALL), SMALL)
+    assert steps_in_words(content) == "", "all runs there have as many"
+    name = next(name for name, setting in content["settings"].items() if setting["volume"] == "fixed")
+    content["settings"][name]["oracle_steps"] = [9, 10]
+    assert "the inner loops took 9 to 10 optimizer steps" in steps_in_words(content)
+    content["settings"][name]["oracle_steps"] = [240, 262]
+    assert steps_in_words(content) == ""
 
 
 def test_unfinished_seeds_are_left_out_and_said() -> None:
