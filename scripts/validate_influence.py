@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
@@ -29,11 +30,14 @@ from validate_content import Stored, content_of  # noqa: E402
 from validate_page import markdown, rendered  # noqa: E402
 from validate_runs import QUICK, Size, estimations, oracle_jobs, size_of_model  # noqa: E402
 
+from ideal.config import flat  # noqa: E402
 from ideal.errors import UserError  # noqa: E402
 from ideal.report.files import Json, write_atomically  # noqa: E402
 from ideal.run_folder import read_json, write_text  # noqa: E402
 
 PARTS = ("estimate", "oracle", "page")
+PLACES = ("model.name_or_path", "data.domains", "output_dir")
+"""Keys that a page does not repeat."""
 
 
 def run(bench: Bench, output: Path, processes: int, size: Size, parts: Sequence[str], page: Path) -> None:
@@ -63,12 +67,22 @@ def write_page(page: Path, runs: Stored, size: Size) -> None:
     needed = [seeds for seeds in (size.seeds, size.choosing) if seeds]
     if not all(any(len(runs.complete(s, seeds)) > 1 for s in size.settings) for seeds in needed):
         raise UserError("no setting has two finished seeds of each kind yet: the parts estimate and oracle come first")
-    content = content_of(runs, size)
+    content = content_of(runs, size) | {"setup": setup_in_words(size.more)}
     write_text(page.parent / page.stem / "validation.json", compact(content) + "\n")
     write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
     searches = {f"{file.parent.name}.md": read_json(file) for file in sorted(page.parent.glob("search*/search.json"))}
     write_text(page, markdown(content, f"figures/{page.stem}.svg", searches))
     print(f"wrote {page}")
+
+
+def setup_in_words(more: Sequence[str]) -> str:
+    """What the configuration of a model of one's own says, but for places; empty without one."""
+    if "--config" not in more:
+        return ""
+    given = yaml.safe_load(Path(more[more.index("--config") + 1]).read_text(encoding="utf-8"))
+    model = Path(str(given["model"]["name_or_path"])).name  # where it lies is nobody's business
+    keys = [f"`{key}: {value}`" for key, value in flat(given).items() if not key.startswith(PLACES)]
+    return f"The model: {model}. The domains: {', '.join(given['data']['domains'])}. Configured: {', '.join(keys)}."
 
 
 def compact(content: Json) -> str:

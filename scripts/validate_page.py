@@ -211,6 +211,7 @@ def markdown(content: Json, figure: str, searches: Mapping[str, Json]) -> str:
         "verdict": as_markdown(verdict_table(content)),
         "figure": figure,
         "whole_runs": whole_runs(searches),
+        "setup": content["setup"],
         "steps_in_words": steps_in_words(content),
         "oracle": as_markdown(oracle_table(content)),
         "vector": as_markdown(measure_table(content, "vector", list(every))),

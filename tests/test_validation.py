@@ -255,7 +255,7 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     assert free["residuals"] == pytest.approx({"joint 1": 0.4})
     assert free["verdict"]["mean"] and free["verdict"]["off_diagonal"]
     assert free["baselines"]["constant"]["vector"]["mean"] is None
-    page = markdown(content, "figures/validation.svg", {})
+    page = markdown({**content, "setup": ""}, "figures/validation.svg", {})
     assert "{" not in page.replace("{math", "") and "**oracle 0.1**" in page
     assert rendered(content).startswith(b"<?xml")
 
