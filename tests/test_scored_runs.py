@@ -148,7 +148,8 @@ def test_the_best_round_is_the_one_of_the_highest_score(data, tmp_path, quick, m
 
     monkeypatch.setattr("ideal.rounds.evaluating.score_model", score_model)
     monkeypatch.setattr("ideal.rounds.evaluating.evaluate_model", losses)
-    assert run(data, tmp_path / "run", **{**ROUNDS, "mixing__rounds": 3}, evaluation__choose_by="score") == 0
+    few = {**ROUNDS, "mixing__rounds": 3, "mixing__patience": 1, "evaluation__choose_by": "score"}
+    assert run(data, tmp_path / "run", **few) == 0
     state = read(tmp_path / "run/state.json")
     assert state["best_round"] == 1 == read(tmp_path / "run/mixture.json")["round"]
     assert state["reason"] == "the score of round 2 (0.9000) is not above round 1's (0.9000)"
