@@ -102,11 +102,16 @@ def sweep_in_words(sweep: Json) -> str:
     )
 
 
+def least_weight(weights: Mapping[str, float]) -> float:
+    """The smallest that counts: a capability of weight 0 is left out of Q."""
+    return min(weight for weight in weights.values() if weight > 0)
+
+
 def weights_in_words(weights: Mapping[str, float]) -> str:
     """What each capability counts in Q."""
     if len(set(weights.values())) == 1:
         return f"Q is the mean loss of the {len(weights)} capabilities."
-    least = min(weights.values())
+    least = least_weight(weights)
     counts = ", ".join(f"{name} {weight / least:.3g}" for name, weight in weights.items())
     return f"Q is the mean loss of the {len(weights)} capabilities, weighed: {counts}."
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 
-from search_page import weights_in_words
+from search_page import least_weight, weights_in_words
 from search_regret import GRADIENTS
 
 from ideal.compare.leaderboard import exceeds
@@ -25,10 +25,10 @@ def starts_of(pages: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
 
 
 def weights_of(weights: Mapping[str, float]) -> str:
-    """What is weighed more than the rest."""
-    least = min(weights.values())
-    more = [f"{name} x {weight / least:.3g}" for name, weight in weights.items() if weight > least]
-    return ", ".join(more) or "equal weights"
+    """What is weighed otherwise than the rest."""
+    least = least_weight(weights)
+    others = [f"{name} x {weight / least:.3g}" for name, weight in weights.items() if weight != least]
+    return ", ".join(others) or "equal weights"
 
 
 def regret_table(found: Json) -> Table:

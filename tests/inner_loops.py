@@ -160,6 +160,7 @@ def run_case(
             on_step_time=lambda seconds, steps: None,
             steering=steering,
         )
+    assert ideal.model.DTYPES["float32"] is torch.float32, "other tests of this process compute in what they name"
     if outcomes is not None:
         outcomes.append(outcome)
     return weights

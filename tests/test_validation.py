@@ -299,6 +299,8 @@ def test_the_page_says_whether_whole_runs_reach_what_was_aimed_at() -> None:
     found = whole_runs({"search_code.md": content})
     cells = "| 0.010 | **no** (0.019) | yes (0.012) | yes (loss: -0.003 ± 0.001) | **no** (loss: -0.002 ± 0.001) |"
     assert f"| code x 4, uniform start {cells}" in found and f"loss start {cells}" in found
+    without = whole_runs({"search_math.md": {**content, "weights": {"math": 0.0, "code": 0.5, "safety": 0.5}}})
+    assert "| math x 0, uniform start |" in without and "weighed: math 0, code 1, safety 1." in without
     assert "| **ideal, surrogate** | 0.010 ± 0.001 | 0.008 ± 0.001 | 0.008 ± 0.001 |" in found
 
 
