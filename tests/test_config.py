@@ -9,6 +9,7 @@ import yaml
 from ideal.config import Config, dump, flat, help_text, known_keys, read_command, validate
 from ideal.data import DomainConfig
 from ideal.errors import UserError
+from ideal.mixers import MixingConfig
 from main import ARGUMENTS
 
 DEFAULTS = {
@@ -40,6 +41,16 @@ def test_defaults_are_main_pys():
     for key, value in DEFAULTS.items():
         if not isinstance(value, dict):
             assert found[key] == value, key
+
+
+def test_the_default_step_and_the_papers():
+    """The surrogate, which learns from a failed round too, by default; the paper's settings by one file."""
+    found = (config().mixing, MixingConfig())
+    assert [(mixing.step, mixing.patience, mixing.first) for mixing in found] == [("surrogate", 2, "given")] * 2
+    paper = config("--config", str(Path(__file__).parents[1] / "configs" / "paper.yaml"))
+    mixing, influence = paper.mixing, paper.influence
+    assert (mixing.step, mixing.max_change, mixing.rounds, mixing.patience) == ("fixed", 0.15, 2, 1)
+    assert (mixing.budget, mixing.start, influence.factors, influence.sample_fraction) == ("free", "base", "kfac", 0.5)
 
 
 def test_precedence(file):

@@ -234,7 +234,7 @@ def made_up(size: Size) -> Stored:
     for setting in size.settings:
         for seed in size.every_seed:
             centres[setting.centre_key(seed)] = row(np.full(3, 50.0), np.zeros(4)) | {
-                "estimates": {"oracle 0.1": (9 * TRUE).tolist(), "none 0.1": random.standard_normal((4, 3)).tolist()}
+                "estimates": {"oracle 0.1": (9 * TRUE).tolist(), "EK-FAC 0.1": random.standard_normal((4, 3)).tolist()}
             }
             for number, domain in enumerate(DOMAINS):
                 for sign in (1, -1):
@@ -252,6 +252,9 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     assert np.array(free["oracle"]["matrix"]) == pytest.approx(TRUE, abs=0.05)
     assert free["estimators"]["oracle 0.1"]["off_diagonal"]["mean"] > 0.9
     assert free["estimators"]["oracle 0.1"]["size"]["mean"] == pytest.approx(9, rel=0.2)
+    learnt = "surrogate with EK-FAC 0.1"
+    assert learnt in free["estimators"], "shown,"
+    assert learnt not in {row["estimator"] for row in content["choice"]["table"]}, "and no estimator to choose"
     assert free["residuals"] == pytest.approx({"joint 1": 0.4})
     assert free["verdict"]["mean"] and free["verdict"]["off_diagonal"]
     assert free["baselines"]["constant"]["vector"]["mean"] is None
