@@ -146,7 +146,8 @@ class Plan:
     phases: list[Phase]
     outer_parts: tuple[int, int]
     """In how many parts the outer step works on the layers: for the curvature, for the gradients."""
-    streamed: bool
+    at_once: int | None
+    """Gradients of each layer that are held at a time, where these take turns; None: all together."""
     spilled: int
     """Bytes of eigenbases per process that wait in host memory or on disk."""
     disk: dict[str, int]
@@ -223,7 +224,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
         plan,
         phases,
         (len(outer.layout.factor_parts), len(outer.layout.gradient_parts)) if outer else (0, 0),
-        bool(outer and outer.layout.streamed),
+        outer.layout.at_once if outer and outer.layout.in_turns else None,
         outer.spilled if outer else 0,
         _disk(config, shape, parameters, trained, plan, last + 1, outer.spilled * processes if outer else 0),
     )
@@ -542,10 +543,10 @@ def long_text(config: Config, sizes: DataSizes, plan: Plan) -> str:
         + (" (sample_fraction auto: at most)" if config.influence.sample_fraction == "auto" else ""),
     ]
     if plan.outer:
-        streamed = ", in the streamed form" if plan.streamed else ""
+        turns = f", {plan.at_once} of each layer's at a time" if plan.at_once else ""
         spilled = f"; {gigabytes(plan.spilled)} per process wait in {config.influence.spill}" if plan.spilled else ""
         parts = "{} part(s) of the layers for the curvature, {} for the gradients".format(*plan.outer_parts)
-        lines.insert(-2, f"outer step: {parts}{streamed}{spilled}")
+        lines.insert(-2, f"outer step: {parts}{turns}{spilled}")
     return "\n".join(lines)
 
 

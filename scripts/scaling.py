@@ -117,7 +117,7 @@ def row_of(case: Case) -> list[str]:
         duration(sum(phase.seconds for phase in plan.outer)),
         gigabytes(outer.peak),
         gigabytes(statistics),
-        "{} / {}".format(*plan.outer_parts) + (", streamed" if plan.streamed else ""),
+        "{} / {}".format(*plan.outer_parts) + (f", {plan.at_once} at a time" if plan.at_once else ""),
         "no: " + ", ".join(too_large) if too_large else "yes",
     ]
 

@@ -220,10 +220,10 @@ def test_statistics_are_split_among_owners_and_parts():
         return max(p.memory.get("factors", 0) + p.memory.get("gradients", 0) for p in plan.outer)
 
     whole = tiny_plan()
-    assert whole.outer_parts == (1, 1) and not whole.streamed
+    assert whole.outer_parts == (1, 1) and whole.at_once is None
     assert held(tiny_plan(4)) == pytest.approx(held(whole) / 4, rel=0.25)
     parts = tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9)
-    assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.streamed)
+    assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.at_once)
     # The budget is for what is kept; the sums of a pass come and go in the same room.
     assert held(parts) <= 1.2 * held(whole) / 3
 

@@ -4,9 +4,11 @@
 
 1 to 3 the curvature (curvature.py): bases from few of the domains' sequences, eigenvalues from more or all,
 which with their own labels gives their gradients too; 4 the capabilities' gradients g_r, and
-5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 the reference sets once more,
-for the standard errors. A layer's statistics exist on one rank, its group's owner. Suffixes:
-R capabilities, n domains, I in, O out; the rest in statistics.py.
+5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
+reference rows once more, for the standard errors. Where there is no room for all g_j and V_r together
+they take turns: each W_j meets the reference rows one by one, which gives M and its errors, and V_r
+only the sequences that the domains' errors are estimated on. A layer's statistics exist on one rank,
+its group's owner. Suffixes: R capabilities, n domains, I in, O out; the rest in statistics.py.
 """
 
 import math
@@ -197,7 +199,9 @@ class _Engine:
                 self.factors = self.corrected  # there are no covariances
         # With the examples' own labels the pass for the eigenvalues gives the gradients of its sequences too.
         self.reuse = (
-            config.factors in ("ekfac", "diagonal") and config.fisher == "empirical" and self.layout.whole
+            config.factors in ("ekfac", "diagonal")
+            and config.fisher == "empirical"
+            and self.layout.holds_beside_curvature(len(self.pools))
         )
         self.rest = [
             chosen.without(corrected) if self.reuse else chosen
@@ -221,11 +225,11 @@ class _Engine:
         return self._result(dropped)
 
     def _pick_sequences(self) -> None:
-        """Which sequences are scored: with auto and in the streamed form all that come, else those for the errors."""
+        """Which sequences are scored: with auto all that come, reference rows in turns all, else those for errors."""
         wanted = self.config.error_sequences
         picks = []
         for chosen, rest in zip(self.training, self.rest, strict=True):
-            if self.auto or self.layout.streamed:
+            if self.auto:
                 picks.append(rest)
             else:
                 # A domain that is used whole has no sampling error.
@@ -234,8 +238,13 @@ class _Engine:
         self.training_samples = [
             self._sample(pick, pool, len(self.reference)) for pick, pool in zip(picks, self.pools, strict=True)
         ]
+        in_turns = self.layout.in_turns
         self.reference_samples = [
-            self._sample(picked_for_errors(chosen, chosen, wanted, "reference", self.seed), chosen, len(self.pools))
+            self._sample(
+                chosen if in_turns else picked_for_errors(chosen, chosen, wanted, "reference", self.seed),
+                chosen,
+                len(self.pools),
+            )
             for chosen in self.reference
         ]
 
@@ -250,43 +259,93 @@ class _Engine:
 
     def _add_matrices(self, part: list[Group], label: str) -> None:
         """These layers' parts of M, and of the scores."""
-        references = self._reference_gradients(part, label)
-        directions = self._directions(part, references)
-        streams = None
-        if self.layout.streamed:
-            streams = {name: self._table(len(self.reference), len(self.pools)) for name in directions}
-        elif not self.reuse:
-            self.gradients = self.passes.per_layer(part, len(self.pools))
-        self._domain_pass(part, directions, self.training_samples, streams, label)
-        if self.auto:
-            directions = self._until_certain(part, references, directions)
-        self._note(part, self._products(directions, streams))
-        directions.clear()
-        if self.config.error_sequences and not self.layout.streamed and self.config.solver == "direct":
-            with self.passes.timed("inverse"):
-                for sums in self.gradients.values():
-                    sums /= self._seen().to(sums.dtype)[:, None, None]
-                self._solve_(part, self.gradients)
-            self._score("reference errors", part, self.reference_samples, self.gradients, label)
+        if self.layout.in_turns:
+            self._add_in_turns(part, label)
+        else:
+            self._add_together(part, label)
         self.gradients = {}
 
-    def _reference_gradients(self, part: list[Group], label: str) -> dict[str, Tensor]:
-        """[R, O, I] the capabilities' mean gradients, per owned layer."""
-        sums = self.passes.per_layer(part, len(self.reference))
-        self.passes.run("reference gradients", part, self.reference, [Gradients(sums, self.products)], part=label)
+    def _add_together(self, part: list[Group], label: str) -> None:
+        """All g_j and V_r at once."""
+        references = self._reference_gradients(part, range(len(self.reference)), label)
+        directions = self._directions(part, references)
+        if not self.reuse:
+            self.gradients = self.passes.per_layer(part, len(self.pools))
+        self._domain_pass(part, directions, self.training_samples, label)
+        if self.auto:
+            directions = self._until_certain(part, references, directions)
+        self._note(part, self._products(directions))
+        directions.clear()
+        if self.config.error_sequences:
+            solutions = self._domain_solutions(part, range(len(self.pools)))
+            self._score("reference errors", part, self.reference_samples, solutions, label)
+
+    def _add_in_turns(self, part: list[Group], label: str) -> None:
+        """As many gradients at a time as there is room for: no domain is passed over twice, the reference sets are."""
+        products = {
+            name: self._table(len(self.reference), len(self.pools))
+            for group in self.passes.owned(part)
+            for name in group.layers
+        }
+        for turn in _turns(len(self.pools), self.layout.at_once):
+            if not self.reuse:
+                self.gradients = self.passes.per_layer(part, len(turn))
+            self._domain_gradients(part, turn, [], label)
+            columns = {name: table.mT[turn.start : turn.stop] for name, table in products.items()}
+            # No name for the solutions: they must be gone when the next turn's gradients come.
+            self._score(
+                "reference scores",
+                part,
+                self.reference_samples,
+                self._domain_solutions(part, turn),
+                label,
+                turn,
+                columns,
+            )
+            self.gradients = {}
+        seen = torch.tensor([chosen.seen for chosen in self.reference], dtype=torch.float64, device=self.passes.device)
+        self._note(part, {name: table / seen[:, None] for name, table in products.items()})
+        if not any(len(sample.slots) for sample in self.training_samples):
+            return
+        for turn in _turns(len(self.reference), self.layout.at_once):
+            self._score(
+                "domain errors",
+                part,
+                self.training_samples,
+                self._solved(part, self._reference_gradients(part, turn, label)),
+                label,
+                turn,
+            )
+
+    def _reference_gradients(self, part: list[Group], turn: range, label: str) -> dict[str, Tensor]:
+        """[K, O, I] the mean gradients of some capabilities, per owned layer."""
+        sums = self.passes.per_layer(part, len(turn))
+        chosen = [self.reference[number] for number in turn]
+        self.passes.run("reference gradients", part, chosen, [Gradients(sums, self.products)], part=label)
         for tensor in sums.values():
-            for number, chosen in enumerate(self.reference):
-                tensor[number] /= chosen.seen
+            for total, one in zip(tensor, chosen, strict=True):
+                total /= one.seen
         return sums
 
     def _directions(self, part: list[Group], references: dict[str, Tensor]) -> dict[str, Tensor]:
         """V_r [R, O, I], in the place of the gradients unless auto may need them again."""
-        directions = {name: tensor.clone() for name, tensor in references.items()} if self.auto else references
+        copies = {name: tensor.clone() for name, tensor in references.items()} if self.auto else references
+        return self._solved(part, copies)
+
+    def _domain_solutions(self, part: list[Group], turn: range) -> dict[str, Tensor]:
+        """W_j [K, O, I] of some domains, in the place of their summed gradients."""
+        seen = self._seen()[turn.start : turn.stop]
+        for sums in self.gradients.values():
+            sums /= seen.to(sums.dtype)[:, None, None]
+        return self._solved(part, self.gradients, "error_")
+
+    def _solved(self, part: list[Group], gradients: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
+        """(H + D)^-1 V for the owned layers' V [K, O, I], in their place."""
         with self.passes.timed("inverse"):
             if self.config.solver == "cg":
-                return self._solve_jointly(part, directions)
-            self._solve_(part, directions)
-        return directions
+                return self._solve_jointly(part, gradients, kind)
+            self._solve_(part, gradients)
+        return gradients
 
     def _solve_(self, part: list[Group], gradients: dict[str, Tensor]) -> None:
         """(H + D)^-1 V in place of the owned layers' V [K, O, I]."""
@@ -296,7 +355,7 @@ class _Engine:
                 for gradient_OI in gradients.get(name, ()):
                     gradient_OI.copy_(curvature.solve(gradient_OI))
 
-    def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         owned = self.passes.owned(part)
         solution = solve_joint(
             self.model,
@@ -310,37 +369,29 @@ class _Engine:
             JOINT_RESIDUAL,
             {name: self.passes.owners[group.name] for group in part for name in group.layers},
         )
-        self.solver = {"iterations": solution.iterations, "residuals": solution.residuals}
+        self.solver |= {f"{kind}iterations": solution.iterations, f"{kind}residuals": solution.residuals}
         left = max(solution.residuals[-1], default=0.0) if solution.residuals else 0.0
         if left > 2 * JOINT_RESIDUAL:
+            purpose = " for the reference rows' standard errors" if kind else ""
             say(
-                f"influence.solver: cg ended after {solution.iterations} iterations with a residual of {left:.2f}:"
-                " raise influence.solver_iterations for a closer solution"
+                f"influence.solver: cg ended{purpose} after {solution.iterations} iterations with a residual of"
+                f" {left:.2f}: raise influence.solver_iterations for a closer solution"
             )
         return dict(solution.solutions)
 
     def _domain_pass(
-        self,
-        part: list[Group],
-        directions: dict[str, Tensor],
-        samples: list[_Sample],
-        streams: dict[str, Tensor] | None,
-        label: str,
+        self, part: list[Group], directions: dict[str, Tensor], samples: list[_Sample], label: str
     ) -> None:
-        """The gradients of the domains' `rest`, or in the streamed form their products with V_r; `samples` scored."""
+        """The gradients of the domains' `rest`; `samples` scored."""
         inside = [
             bool(np.isin(sample.sequences.slots, rest.slots).all())
             for sample, rest in zip(samples, self.rest, strict=True)
         ]
-        accumulators = self.curvatures.first_positions.accumulators(part)
-        if streams is None:
-            accumulators.append(Gradients(self.gradients, self.products))
-        if streams is not None or self.auto or self.config.error_sequences:
+        accumulators: list[Accumulator] = []
+        if self.auto or self.config.error_sequences:
             picked = [sample.slots if here else set() for sample, here in zip(samples, inside, strict=True)]
-            tables = [sample.scores for sample in samples]
-            accumulators.append(Scores(tables, picked, directions, self.products, streams))
-        if any(len(rest.rows) for rest in self.rest):
-            self.passes.run("domain gradients", part, self.rest, accumulators, part=label)
+            accumulators.append(Scores([sample.scores for sample in samples], picked, directions, self.products))
+        self._domain_gradients(part, range(len(self.pools)), accumulators, label)
         if not all(inside) and self.config.error_sequences:
             left = [
                 _Sample(sample.sequences.part(np.arange(0)), sample.scores) if here else sample
@@ -348,13 +399,34 @@ class _Engine:
             ]
             self._score("domain errors", part, left, directions, label)
 
+    def _domain_gradients(self, part: list[Group], turn: range, more: list[Accumulator], label: str) -> None:
+        """Adds the gradients of some domains' `rest` to the sums; `more` sees the same pass."""
+        rest = [self.rest[number] for number in turn]
+        if any(len(chosen.rows) for chosen in rest):
+            gradients = Gradients(self.gradients, self.products)
+            first = self.curvatures.first_positions.accumulators(part)
+            self.passes.run("domain gradients", part, rest, [*first, gradients, *more], part=label)
+
     def _score(
-        self, description: str, part: list[Group], samples: list[_Sample], directions: dict[str, Tensor], label: str
+        self,
+        description: str,
+        part: list[Group],
+        samples: list[_Sample],
+        directions: dict[str, Tensor],
+        label: str,
+        turn: range | None = None,
+        streams: dict[str, Tensor] | None = None,
     ) -> None:
-        """Adds these layers' part to the samples' scores along V [K, O, I]."""
-        tables, picked = [sample.scores for sample in samples], [sample.slots for sample in samples]
+        """Adds these layers' part to the samples' scores along V [K, O, I].
+
+        Args:
+            turn: which K of a sample's scores; None: all.
+            streams: per layer [K, sets]; takes up the sums of the weighted scores.
+        """
+        columns = slice(None) if turn is None else slice(turn.start, turn.stop)
+        tables, picked = [sample.scores[:, columns] for sample in samples], [sample.slots for sample in samples]
         sets = [sample.sequences for sample in samples]
-        accumulators: list[Accumulator] = [Scores(tables, picked, directions, self.products)]
+        accumulators: list[Accumulator] = [Scores(tables, picked, directions, self.products, streams)]
         self.passes.run(description, part, sets, accumulators, part=label)
 
     def _until_certain(
@@ -373,7 +445,7 @@ class _Engine:
             wanted = more_sequences([len(chosen.rows) for chosen in self.training], self._available(), parts)
             if wanted is None:
                 return directions
-            self._domain_pass(part, directions, self._take(wanted), None, "")
+            self._domain_pass(part, directions, self._take(wanted), "")
 
     def _until_curvature_is_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
@@ -394,7 +466,7 @@ class _Engine:
 
     def _alpha(self, directions: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """M so far [R, n], and the fixed-volume alpha [n]."""
-        matrix = self._sum(self._products(directions, None))
+        matrix = self._sum(self._products(directions))
         return matrix, objective(fixed_form(matrix, self.shares), self.weights)
 
     def _say_how_certain(self, parts: np.ndarray, of_curvature: float) -> None:
@@ -432,11 +504,9 @@ class _Engine:
             [chosen.seen or 1.0 for chosen in self.training], dtype=torch.float64, device=self.passes.device
         )
 
-    def _products(self, directions: dict[str, Tensor], streams: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    def _products(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
         """<V_r, g_j> [R, n] of the owned layers."""
         with self.passes.timed("matrix"):
-            if streams is not None:
-                return {name: stream / self._seen() for name, stream in streams.items()}
             return {name: inner_products(directions[name], self.gradients[name]) / self._seen() for name in directions}
 
     def _sum(self, products: dict[str, Tensor]) -> np.ndarray:
@@ -493,7 +563,7 @@ class _Engine:
     def _reference_covariance(self, matrix: np.ndarray) -> np.ndarray:
         """[R, n, n], of -s_j <g_r, V_j> in g_r."""
         found = np.full((len(self.reference), *[len(self.pools)] * 2), math.nan)
-        if not self.config.error_sequences or self.layout.streamed or self.config.solver != "direct":
+        if not self.config.error_sequences:
             return found
         inner = np.divide(-matrix, self.shares, out=np.zeros_like(matrix), where=self.shares > 0)
         for number, (chosen, sample) in enumerate(zip(self.reference, self.reference_samples, strict=True)):
@@ -503,3 +573,8 @@ class _Engine:
 
 def _label(number: int, parts: list[list[Group]]) -> str:
     return f", part {number + 1}/{len(parts)}" if len(parts) > 1 else ""
+
+
+def _turns(count: int, at_once: int) -> list[range]:
+    """0 to `count` in consecutive ranges of at most `at_once`."""
+    return [range(start, min(start + at_once, count)) for start in range(0, count, at_once)]

@@ -129,13 +129,11 @@ class Sizes:
 
     factors: int
     """Covariances, which become eigenbases in place, and eigenvalues."""
-    directions: int
-    """The capabilities' gradients, which become V_r in place."""
-    gradients: int
-    """The domains' gradients."""
+    gradient: int
+    """One gradient, of a domain or a capability; its solution takes its place."""
 
 
-def sizes_of(group: Group, config: InfluenceConfig, domains: int, capabilities: int, itemsize: int) -> Sizes:
+def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
@@ -144,9 +142,7 @@ def sizes_of(group: Group, config: InfluenceConfig, domains: int, capabilities: 
         # bfloat16 products rotate with a copy of the bases.
         copied = config.product_dtype == "bfloat16" and config.basis_dtype == "float32" and itemsize == 4
         factors += squares * (itemsize + 2 * copied)
-    # auto keeps the capabilities' gradients beside the V_r: it may need them again.
-    directions = weights * capabilities * itemsize * (2 if config.sample_fraction == "auto" else 1)
-    return Sizes(factors, directions, weights * domains * itemsize)
+    return Sizes(factors, weights * itemsize)
 
 
 @dataclass(frozen=True)
@@ -157,64 +153,57 @@ class Layout:
     """For the curvature."""
     gradient_parts: list[list[Group]]
     """For the gradients and the matrix."""
-    streamed: bool
-    """Whether the domains' gradients are never held: sequences are scored along V_r one by one."""
+    at_once: int
+    """Gradients of each layer that are held at a time."""
+    in_turns: bool
+    """Whether these are not all domains' and capabilities' together: then at most `at_once` of them take turns."""
     spilled: bool
     """Whether finished curvatures wait elsewhere than with the model."""
 
-    @property
-    def whole(self) -> bool:
-        """Whether everything is held at once."""
-        return len(self.factor_parts) == len(self.gradient_parts) == 1 and not self.streamed and not self.spilled
+    def holds_beside_curvature(self, gradients: int) -> bool:
+        """Whether there is room for so many gradients of each layer while the curvature is estimated."""
+        whole = len(self.factor_parts) == len(self.gradient_parts) == 1 and not self.spilled
+        return whole and gradients <= self.at_once
 
 
 def lay_out(
     groups: list[Group], owners: dict[str, int], config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
 ) -> Layout:
-    """The fewest parts that fit `config.memory_budget`; the streamed form where it needs fewer.
+    """The fewest parts that fit `config.memory_budget`, and as many gradients at once as these leave room for.
 
     Raises:
         UserError: a group alone does not fit.
     """
-    sizes = {group.name: sizes_of(group, config, domains, capabilities, itemsize) for group in groups}
+    sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
     factors = {name: size.factors for name, size in sizes.items()}
-    held = {name: size.directions + size.gradients for name, size in sizes.items()}
-    streamed = {name: size.directions for name, size in sizes.items()}
-    if len(_parts(groups, owners, {name: factors[name] + held[name] for name in sizes}, budget)) == 1:
-        return Layout([groups], [groups], streamed=False, spilled=False)
+    # auto keeps the capabilities' gradients beside the V_r: it may need them again.
+    together = domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
+    whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
+    if len(_parts(groups, owners, whole, budget)) == 1:
+        return Layout([groups], [groups], together, in_turns=False, spilled=False)
     factor_parts = _parts(groups, owners, factors, budget)
     # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
     resident = budget - max(_loads(groups, owners, factors).values())
     fetched = budget - max(factors.values())
+    # Both look at all gradients again and again.
+    turns = config.sample_fraction != "auto" and config.solver == "direct"
+    counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
     found = [
-        Layout(factor_parts, parts, streamed=needs is streamed, spilled=room is fetched)
+        Layout(factor_parts, parts, count, in_turns=count < together, spilled=room is fetched)
         for room in (resident, fetched)
-        for needs in (held, streamed)
-        if factor_parts and (parts := _parts(groups, owners, needs, room))
+        for count in counts
+        if factor_parts
+        and (parts := _parts(groups, owners, {name: count * size.gradient for name, size in sizes.items()}, room))
     ]
     if not found:
-        name = max(sizes, key=lambda name: sizes[name].factors + sizes[name].directions)
-        least = sizes[name].factors + sizes[name].directions
+        alone = {name: size.factors + counts[-1] * size.gradient for name, size in sizes.items()}
+        name = max(alone, key=alone.__getitem__)
         raise UserError(
             f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
-            f" take {least / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
+            f" take {alone[name] / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
         )
     return min(found, key=lambda layout: len(layout.gradient_parts))
-
-
-def peak_bytes(
-    groups: list[Group], owners: dict[str, int], config: InfluenceConfig, domains: int, capabilities: int, itemsize: int
-) -> int:
-    """The most that any rank holds of the layers' statistics at any time, in the layout that `lay_out` gives."""
-    layout = lay_out(groups, owners, config, domains, capabilities, itemsize)
-    sizes = {group.name: sizes_of(group, config, domains, capabilities, itemsize) for group in groups}
-    factors = {name: size.factors for name, size in sizes.items()}
-    held = {name: size.directions + (0 if layout.streamed else size.gradients) for name, size in sizes.items()}
-    beside = max(factors.values()) if layout.spilled else max(_loads(groups, owners, factors).values())
-    of_gradients = max(max(_loads(part, owners, held).values()) for part in layout.gradient_parts)
-    of_factors = max(max(_loads(part, owners, factors).values()) for part in layout.factor_parts)
-    return max(of_factors, beside + of_gradients)
 
 
 def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:

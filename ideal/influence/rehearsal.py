@@ -38,7 +38,8 @@ class Phase:
     sequences: int
     """That go through the model, on all ranks, all passes together."""
     passes: float
-    """Over its sequences: one for each part of the layers."""
+    """Over its sequences, and how often on average: once for each part of the layers, or more where gradients take
+    turns."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,10 @@ def rehearse(
 def _busiest(groups: list[Group], config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> int:
     """The rank that owns most bytes."""
     owners, load = deal_out(groups, ranks), np.zeros(ranks)
-    streamed = lay_out(groups, owners, config, domains, capabilities, 4).streamed
+    at_once = lay_out(groups, owners, config, domains, capabilities, 4).at_once
     for group in groups:
-        size = sizes_of(group, config, domains, capabilities, 4)
-        load[owners[group.name]] += size.factors + size.directions + (0 if streamed else size.gradients)
+        size = sizes_of(group, config, 4)
+        load[owners[group.name]] += size.factors + at_once * size.gradient
     return int(load.argmax())
 
 
@@ -101,7 +102,7 @@ class _RehearsedEngine(_Engine):
         with footprint:
             self.run(store)
         phases = {
-            name: Phase(peak, footprint.work[name], passes.sequences[name], passes.runs[name])
+            name: Phase(peak, footprint.work[name], passes.sequences[name], passes.count(name))
             for name, peak in footprint.peaks().items()
             if name not in ("", TYPICAL)
         }
@@ -111,7 +112,7 @@ class _RehearsedEngine(_Engine):
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """At worst all sequences are taken."""
-        self._domain_pass(part, directions, self._take(self._available()), None, "")
+        self._domain_pass(part, directions, self._take(self._available()), "")
         return directions
 
 
@@ -155,7 +156,8 @@ class _RehearsedPasses(Passes):
         super().__init__(model, owners, config, 0)
         self.footprint, self.wants_work = footprint, timed
         self.sequences: dict[str, int] = defaultdict(int)
-        self.runs: dict[str, int] = defaultdict(int)
+        self.slots: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
+        """By phase and set, which of its sequences were passed over."""
         # What was found, by what was run: equal parts are run once.
         self.known: dict[Any, tuple[dict[str, int], Work]] = {}
         self.typical: dict[Any, Work] = {}
@@ -173,7 +175,9 @@ class _RehearsedPasses(Passes):
         if not any(len(chosen.rows) for chosen in sets):
             return
         self.sequences[description] += sum(len(chosen.rows) for chosen in sets)
-        self.runs[description] += 1
+        for chosen in sets:
+            before = self.slots[description].get(chosen.name, chosen.slots)
+            self.slots[description][chosen.name] = np.union1d(before, chosen.slots)
         key = description, self._shapes(groups), tuple(len(chosen.rows) for chosen in sets)
         with self.timed(description):
             if key in self.known:
@@ -186,6 +190,11 @@ class _RehearsedPasses(Passes):
                     work = self._all(tracker, sets, true, sampled) if self.wants_work else Work()
                 self.known[key] = peak, work
             self.footprint.work[description] += work
+
+    def count(self, description: str) -> float:
+        """Passes over a phase's sequences."""
+        distinct = sum(map(len, self.slots[description].values()))
+        return self.sequences[description] / distinct if distinct else 0.0
 
     def zeros(self, *shape: int) -> Tensor:
         """A sum that starts."""

@@ -1,8 +1,8 @@
 """What the engine's phases compute, in FLOPs, from shapes alone: to be divided by the seconds that they took.
 
 A product of [a, b] and [b, c] is 2 a b c. Symmetric sums count as the half that is needed, attention as dense,
-padding and the eigendecompositions not at all. Only for the default estimator: EK-FAC, empirical Fisher, nothing
-streamed, one part.
+padding and the eigendecompositions not at all. Only for the default estimator: EK-FAC, empirical Fisher, all
+gradients together, one part.
 """
 
 from dataclasses import dataclass

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,12 @@ from tiny import (
     STEPS,
     World,
     difference,
+    ekfac_dense,
     factors,
+    make_world,
     mean_gradients,
     padded,
+    sequence_gradients,
     tiny_llama,
     toy_rows,
     train,
@@ -33,9 +36,10 @@ from torch.distributed.fsdp import fully_shard
 
 from ideal.distributed import progress
 from ideal.errors import UserError
-from ideal.influence import DomainSample
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine
 from ideal.influence.ekfac import Curvature, damped, eigenbasis
 from ideal.influence.joint import JointSolution, _Products, solve_joint
+from ideal.influence.matrix import ratio_covariance
 from ideal.influence.statistics import frozen
 
 EXACT = 1e-11
@@ -397,6 +401,35 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     assert cosine(found, exact) > 0.99 and spearman(found[off], exact[off]) > 0.95
     # Otherwise nothing would have been shown.
     assert cosine(block, exact) < 0.98 and spearman(block[off], exact[off]) < 0.9
+
+
+def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
+    """Solved to 1e-12, so entries are off by about that times the root of the condition number, some ten."""
+    world = make_world()
+    layers = {name: world.model.get_submodule(name) for name in weights_of(world.model)}
+    references, of_domains = mean_gradients(world)
+    counted = [(d.examples[i], float(count)) for d in world.domains.values() for i, count in enumerate(d.counts)]
+    tokens = np.array([float(d.counts @ d.examples.trained_tokens) for d in world.domains.values()])
+    shares = tokens / tokens.sum()
+    dense = joint_dense(world.model, *map(list, zip(*counted, strict=True)), layers) / tokens.sum()
+    damping = {name: 0.1 * float(block.trace()) / len(block) for name, block in ekfac_dense(world).items()}
+    W = torch.linalg.solve(dense + damping_matrix(layers, damping), joined(of_domains).T)
+
+    monkeypatch.setattr(engine, "JOINT_RESIDUAL", 1e-12)
+    config = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, solver="cg", solver_iterations=400)
+    found = compute_influence(world.model, world.domains, world.references, config, seed=0)
+    inner = (joined(references) @ W).numpy()
+    assert difference(found.matrix, -shares * inner) < 1e-10
+    assert (found.training_covariance == 0).all()  # nothing was left out
+    for row, (rows, of_domains_r) in enumerate(zip(world.references.values(), inner, strict=True)):
+        scores = (joined(sequence_gradients(world.model, rows)) @ W).numpy()
+        covariance = ratio_covariance(scores, rows.trained_tokens, of_domains_r, used=len(rows), population=None)
+        assert difference(found.reference_covariance[row], np.outer(shares, shares) * covariance) < 1e-10
+    assert found.solver["iterations"] < 400 and max(found.solver["error_residuals"][-1]) <= 1e-12
+    # Without errors nobody pays for a second solution.
+    config = replace(config, error_sequences=0)
+    without = compute_influence(world.model, world.domains, world.references, config, seed=0)
+    assert np.isnan(without.reference_covariance).all() and set(without.solver) == {"iterations", "residuals"}
 
 
 # What it leaves behind, and what it refuses
