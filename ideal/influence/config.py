@@ -48,11 +48,11 @@ class InfluenceConfig:
     """What eigenbases are held in."""
     error_sequences: Annotated[int, Field(ge=0)] = 32
     """Sequences of each domain and reference set used for the standard errors; 0: no standard errors. (With solver cg
-    those of the reference rows take a second solution, of one right-hand side per domain: half of the work or more.)"""
+    those of reference rows take a second solution, of a right-hand side per domain: about as much work again.)"""
     memory_budget: Annotated[float, Field(gt=0)] | None = None
-    """GB per process for the layers' statistics: where the domains' and capabilities' gradients do not fit together they
-    take turns, and the reference sets are passed over once more per turn; then layers are worked on in parts, with a
-    pass over the domains for each. None: no limit."""
+    """GB per process for the layers' statistics: where the domains' and capabilities' gradients do not fit together,
+    they take turns, each with a pass over the reference sets; then layers are worked on in parts, each with a pass
+    over the domains. None: no limit."""
     spill: Literal["cpu", "disk"] = "disk"
     """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
     in the folder for temporary files (TMPDIR)."""
