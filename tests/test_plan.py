@@ -121,6 +121,14 @@ def test_peak_of_a_sharded_outer_step(tmp_path):
     compare(random_task(seed), "sharded", 2, tmp_path / "out", above=0.25)
 
 
+def test_peak_of_the_joint_solver(tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    task = random_task(seed)
+    task = replace(task, influence={**task.influence, "solver": "cg", "solver_iterations": 2})
+    compare(task, "influence", 2, tmp_path / "out")
+
+
 @pytest.mark.skipif(not (SMOLLM2 / "config.json").is_file(), reason="no SmolLM2 at $SMOLLM2")
 @pytest.mark.skipif("SMOLLM2" not in os.environ, reason="ten minutes: set SMOLLM2=FOLDER")
 @pytest.mark.parametrize("processes", [1, 2])
@@ -236,6 +244,30 @@ def test_work_is_that_of_six_flops_per_weight_and_token():
     assert plan.phases[0].work.wide == pytest.approx(6 * weights * tokens, rel=1e-6)
     frozen = next(phase for phase in plan.outer if phase.name == "covariances")
     assert frozen.work.wide > 3.5 * block_weights() * 80 * 63
+
+
+def test_work_of_the_joint_solver_by_hand():
+    """Each iteration: a forward pass for either solution, of one right-hand side (a capability) and of two (domains);
+    for each of these three a tangent and a backward pass, with the direction's and the gradient's products at the
+    tracked layers on top. Nothing changes before the first block's down projection, so no tangent is there."""
+
+    def inverse(iterations: int) -> float:
+        keys = {"influence__solver": "cg", "influence__solver_iterations": iterations}
+        phases = tiny_plan(machine=DEVICES["h100"], **keys).outer
+        return next(phase.work.wide for phase in phases if phase.name == "inverse")
+
+    sequences, positions, trained = 64, 63, 48
+    hidden, head = peaks.TINY["hidden_size"], peaks.TINY["hidden_size"] * peaks.TINY["vocab_size"]
+    blocks, tracked = block_weights(), 4 * 3 * MLP
+    silent = blocks // 4 - MLP
+    of_blocks = 2 * blocks + 3 * (blocks - silent + blocks + 2 * tracked)
+    # Attention in plain products: of two tensors 2, of two with their tangents 6.
+    attention = 3 * (3 * 6 + 2) * positions**2 * hidden
+    expected = 2 * sequences * (positions * of_blocks + trained * head * (2 + 3 * 2) + attention)
+    two, three = inverse(2), inverse(3)
+    # Solutions by EK-FAC and scalar products of vectors are small beside it.
+    assert three - two == pytest.approx(expected, rel=0.02)
+    assert two - inverse(1) == pytest.approx(three - two, rel=1e-9)
 
 
 def test_mean_longest_is_that_of_random_batches():

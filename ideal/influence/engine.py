@@ -12,7 +12,7 @@ its group's owner. Suffixes: R capabilities, n domains, I in, O out; the rest in
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,7 +25,7 @@ from ideal.influence.adaptive import DIRECTION_ERROR, contributions, more_sequen
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.curvature import Curvatures
 from ideal.influence.ekfac import inner_products
-from ideal.influence.joint import solve_joint
+from ideal.influence.joint import JointSolution, solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers
 from ideal.influence.matrix import fixed_form, objective, ratio_covariance
 from ideal.influence.passes import Passes
@@ -42,7 +42,7 @@ from ideal.influence.samples import (
     picked_for_errors,
     whole_reference,
 )
-from ideal.influence.statistics import Accumulator, Gradients, Scores, frozen
+from ideal.influence.statistics import Accumulator, Batch, Gradients, Scores, frozen
 from ideal.influence.storage import Store, opened_store
 
 JOINT_RESIDUAL = 5e-2
@@ -356,18 +356,9 @@ class _Engine:
                     gradient_OI.copy_(curvature.solve(gradient_OI))
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-        owned = self.passes.owned(part)
-        solution = solve_joint(
-            self.model,
-            {name: layer for group in part for name, layer in group.layers.items()},
-            lambda: self.passes.batches(self.factors, drawn=False),
-            gradients,
-            {name: one for group in owned for name, one in self.curvatures.of(group).items()},
-            {name: value for group in owned for name, value in self.curvatures.damping_of(group).items()},
-            self.total,
-            self.config.solver_iterations,
-            JOINT_RESIDUAL,
-            {name: self.passes.owners[group.name] for group in part for name in group.layers},
+        """The joint system's V for the owned layers' [K, O, I]; kind: what its numbers' names begin with."""
+        solution = self._joint(
+            part, gradients, lambda: self.passes.batches(self.factors, drawn=False), self.config.solver_iterations
         )
         self.solver |= {f"{kind}iterations": solution.iterations, f"{kind}residuals": solution.residuals}
         left = max(solution.residuals[-1], default=0.0) if solution.residuals else 0.0
@@ -378,6 +369,27 @@ class _Engine:
                 f" {left:.2f}: raise influence.solver_iterations for a closer solution"
             )
         return dict(solution.solutions)
+
+    def _joint(
+        self,
+        part: list[Group],
+        gradients: dict[str, Tensor],
+        batches: Callable[[], Iterator[Batch]],
+        iterations: int,
+    ) -> JointSolution:
+        owned = self.passes.owned(part)
+        return solve_joint(
+            self.model,
+            {name: layer for group in part for name, layer in group.layers.items()},
+            batches,
+            gradients,
+            {name: one for group in owned for name, one in self.curvatures.of(group).items()},
+            {name: value for group in owned for name, value in self.curvatures.damping_of(group).items()},
+            self.total,
+            iterations,
+            JOINT_RESIDUAL,
+            {name: self.passes.owners[group.name] for group in part for name in group.layers},
+        )
 
     def _domain_pass(
         self, part: list[Group], directions: dict[str, Tensor], samples: list[_Sample], label: str

@@ -143,7 +143,7 @@ def _conjugate_gradients(
     direction = {name: _solve(curvature[name], tensor) for name, tensor in residual.items()}
     product = {name: torch.zeros_like(tensor) for name, tensor in residual.items()}
     initial = gram.of(residual, direction).diagonal().clone()
-    numbers = initial.nonzero().flatten().tolist()
+    numbers = [number for number, value in enumerate(initial.tolist()) if value]
     residuals: list[list[float]] = []
     while numbers and len(residuals) < iterations and (not residuals or max(residuals[-1]) > tolerance):
         multiply(direction, product, numbers)
@@ -272,7 +272,14 @@ class _Products:
             for module, linear in self.linear.items():
                 stack.callback(_restore_forward, module, vars(module).get("forward"))
                 module.forward = linear.forward  # type: ignore[assignment]
+            # It and its linear layers know each other: what they hold would wait for the garbage collector.
+            stack.callback(self._let_go)
             yield self
+
+    def _let_go(self) -> None:
+        for linear in self.linear.values():
+            linear.outputs.clear()
+        self.received, self.partial, self.direction, self.product = [], [], None, {}
 
     def sum(self, direction: Vectors, product: Vectors, numbers: Sequence[int]) -> None:
         """Writes T x H times the directions with these numbers of K to `product`, at the owners."""

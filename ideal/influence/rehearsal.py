@@ -21,7 +21,7 @@ from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
 from ideal.influence.passes import Passes
 from ideal.influence.samples import SequenceSet
-from ideal.influence.statistics import Accumulator, Scores, Tracker, frozen
+from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen
 from ideal.influence.storage import Store
 
 TYPICAL = "typical"
@@ -94,6 +94,8 @@ def _busiest(groups: list[Group], config: InfluenceConfig, domains: int, capabil
 class _RehearsedEngine(_Engine):
     """The engine without values."""
 
+    passes: "_RehearsedPasses"
+
     def rehearse(self, vocabulary: int, timed: bool) -> Rehearsal:
         """All phases."""
         footprint = Footprint(lambda tensor: "logits" if tensor.shape[-1:] == (vocabulary,) else "activations")
@@ -114,6 +116,27 @@ class _RehearsedEngine(_Engine):
         """At worst all sequences are taken."""
         self._domain_pass(part, directions, self._take(self._available()), "")
         return directions
+
+
+    def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+        """One iteration, on the step of the longest sequences; its work stands for all iterations and steps."""
+        work, phase = self.passes.footprint.work, self.passes.footprint.phase
+        step = _alone(self.factors, _longest(self.factors, self.passes.share))
+        before, of_step = work[phase], Work()
+
+        def batches() -> Iterator[Batch]:
+            nonlocal of_step
+            for batch in self.passes.batches(step, drawn=False):
+                at_first = work[phase]
+                yield batch
+                of_step += work[phase] + at_first.times(-1)
+
+        solution = self._joint(part, gradients, batches, 1)
+        between = work[phase] + before.times(-1) + of_step.times(-1)
+        every, alone = _lengths(self.factors), _lengths(step)
+        all_steps = of_step.times(every.sum() / alone.sum(), (every**2).sum() / (alone**2).sum())
+        work[phase] = before + (between + all_steps).times(self.config.solver_iterations)
+        return dict(solution.solutions)
 
 
 class _RehearsedStore(Store):
@@ -219,7 +242,7 @@ class _RehearsedPasses(Passes):
         """Runs the steps that need most memory; bytes by kind."""
         phase, start = self.footprint.phase, self.footprint.now
         before = self.footprint.work[phase]
-        for chosen in {_longest(sets, self._share), _most_scored(sets, true, self._share)}:
+        for chosen in {_longest(sets, self.share), _most_scored(sets, true, self.share)}:
             self._step(tracker, sets, chosen, true, sampled)
         self.footprint.work[phase] = before
         return self.footprint.peaks(start).get(phase, {})
@@ -232,9 +255,9 @@ class _RehearsedPasses(Passes):
         sampled: Sequence[Accumulator],
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
-        lengths = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in sets]).astype(float)
+        lengths = _lengths(sets)
         plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
-        number, places = _typical(sets, float(lengths.mean()), self._share)
+        number, places = _typical(sets, float(lengths.mean()), self.share)
         step = sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
         # Parts of the layers differ in what is summed, seldom in how long their sequences are.
         key = tuple(map(type, [*plain, *sampled])), self._shapes(tracker.groups), tuple(step)
@@ -254,7 +277,8 @@ class _RehearsedPasses(Passes):
         return tuple((g.width, *g.outputs.values(), int(self.owners[g.name] == rank())) for g in groups)
 
     @property
-    def _share(self) -> int:
+    def share(self) -> int:
+        """Sequences of a step, on all ranks."""
         return self.config.batch_size * world_size()
 
     def _step(
@@ -265,15 +289,24 @@ class _RehearsedPasses(Passes):
         true: Sequence[Accumulator],
         sampled: Sequence[Accumulator],
     ) -> None:
-        number, places = chosen
-        nothing = np.zeros(0, dtype=np.int64)
-        alone = [whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)]
-        for batch in self.batches(alone, bool(sampled)):
+        for batch in self.batches(_alone(sets, chosen), bool(sampled)):
             tracker.run(batch, true, sampled)
 
 
 _Chosen = tuple[int, tuple[int, ...]]
 """The number of a set, and the places of some of its sequences."""
+
+
+def _alone(sets: Sequence[SequenceSet], chosen: _Chosen) -> list[SequenceSet]:
+    """The sets with nothing in them but what was chosen."""
+    number, places = chosen
+    nothing = np.zeros(0, dtype=np.int64)
+    return [whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)]
+
+
+def _lengths(sets: Sequence[SequenceSet]) -> np.ndarray:
+    """Positions of all sequences, as floats."""
+    return np.concatenate([chosen.examples.positions[chosen.rows] for chosen in sets]).astype(float)
 
 
 def _longest(sets: Sequence[SequenceSet], share: int) -> _Chosen:

@@ -404,30 +404,35 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
 
 
 def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
-    """Solved to 1e-12, so entries are off by about that times the root of the condition number, some ten."""
-    world = make_world()
-    layers = {name: world.model.get_submodule(name) for name in weights_of(world.model)}
-    references, of_domains = mean_gradients(world)
+    """Solved to 1e-9, so entries are off by about that times the root of the condition number, some ten."""
+    world = make_world(count=24)
+    pattern = "*.mlp.[dg]*_proj"
+    layers = {name: world.model.get_submodule(name) for name in weights_of(world.model, pattern)}
+    references, of_domains = mean_gradients(world, pattern)
     counted = [(d.examples[i], float(count)) for d in world.domains.values() for i, count in enumerate(d.counts)]
     tokens = np.array([float(d.counts @ d.examples.trained_tokens) for d in world.domains.values()])
     shares = tokens / tokens.sum()
     dense = joint_dense(world.model, *map(list, zip(*counted, strict=True)), layers) / tokens.sum()
-    damping = {name: 0.1 * float(block.trace()) / len(block) for name, block in ekfac_dense(world).items()}
+    blocks = ekfac_dense(world)
+    damping = {name: float(blocks[name].trace()) / len(blocks[name]) for name in layers}
     W = torch.linalg.solve(dense + damping_matrix(layers, damping), joined(of_domains).T)
 
-    monkeypatch.setattr(engine, "JOINT_RESIDUAL", 1e-12)
-    config = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, solver="cg", solver_iterations=400)
+    monkeypatch.setattr(engine, "JOINT_RESIDUAL", 1e-9)
+    config = InfluenceConfig(
+        sample_fraction=1.0, factor_fraction=1.0, damping=1.0, solver="cg", solver_iterations=400, batch_size=100,
+        layers=[pattern],
+    )  # fmt: skip
     found = compute_influence(world.model, world.domains, world.references, config, seed=0)
     inner = (joined(references) @ W).numpy()
-    assert difference(found.matrix, -shares * inner) < 1e-10
+    assert difference(found.matrix, -shares * inner) < 1e-7
     assert (found.training_covariance == 0).all()  # nothing was left out
     for row, (rows, of_domains_r) in enumerate(zip(world.references.values(), inner, strict=True)):
-        scores = (joined(sequence_gradients(world.model, rows)) @ W).numpy()
+        scores = (joined(sequence_gradients(world.model, rows, pattern)) @ W).numpy()
         covariance = ratio_covariance(scores, rows.trained_tokens, of_domains_r, used=len(rows), population=None)
-        assert difference(found.reference_covariance[row], np.outer(shares, shares) * covariance) < 1e-10
-    assert found.solver["iterations"] < 400 and max(found.solver["error_residuals"][-1]) <= 1e-12
+        assert difference(found.reference_covariance[row], np.outer(shares, shares) * covariance) < 1e-7
+    assert found.solver["iterations"] < 400 and max(found.solver["error_residuals"][-1]) <= 1e-9
     # Without errors nobody pays for a second solution.
-    config = replace(config, error_sequences=0)
+    config = replace(config, error_sequences=0, solver_iterations=1)
     without = compute_influence(world.model, world.domains, world.references, config, seed=0)
     assert np.isnan(without.reference_covariance).all() and set(without.solver) == {"iterations", "residuals"}
 
