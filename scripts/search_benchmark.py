@@ -14,6 +14,7 @@ whole simplex, and the constants, tuned with other seeds and other weights.
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -219,11 +220,12 @@ def weighed_demo(weights: Sequence[tuple[str, float]], file: Path) -> Sequence[s
 def command_of(parser: argparse.ArgumentParser, given: argparse.Namespace) -> str:
     """The command that makes the same benchmark; how many processes do it, and in which order, is not part of it."""
     words = ["bash scripts/search_benchmark.sh"]
-    for key in ("weight", "based_on", "starts", "loops", "output", "page"):
+    for key in ("weight", "based_on", "starts", "loops", "methods", "output", "page"):
         value = getattr(given, key)
         if value != parser.get_default(key):
             values = [f"{domain}={weight:g}" for domain, weight in value] if key == "weight" else value
-            words += [f"--{key.replace('_', '-')}", *(map(str, values) if isinstance(values, list) else [str(values)])]
+            listed = map(str, values) if isinstance(values, list) else [str(values)]
+            words += [f"--{key.replace('_', '-')}", *map(shlex.quote, listed)]
     return " ".join(words)
 
 
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="all by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/search"))
-    parser.add_argument("--methods", nargs="+", default=(), help="run only these besides joint")
+    parser.add_argument("--methods", nargs="+", default=(), help="only these besides joint, also on the page")
     parser.add_argument(
         "--starts", nargs="*", default=[SKEWED, BY_LOSS], choices=(SKEWED, BY_LOSS),
         help="besides uniform (default: both)",
