@@ -156,7 +156,6 @@ def trained(
             tokenizer,
             pools,
             mixture,
-            start=None,
             folder=folder,
             checkpoints=Path(checkpoints),
             seed=seed,
