@@ -120,7 +120,8 @@ class Bench:
     def model(self, checkpoint: Path | None) -> torch.nn.Module:
         """A trained model, or the base one, in float32 and where the Trainer would have it."""
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return load_model(self.config.model, checkpoint, torch.float32).to(accelerator or torch.device("cpu"))
+        model: torch.nn.Module = load_model(self.config.model, checkpoint, torch.float32)
+        return model.to(accelerator or torch.device("cpu"))
 
     def measure(self, mixture: Mixture, trained: TrainingOutcome, model: torch.nn.Module) -> Outcome:
         """The losses of a model that was trained on `mixture`."""

@@ -4,8 +4,9 @@
 
 For every start and seed: keep the start; as many examples of every domain; shares, or examples, in
 proportion to the reference losses of the model trained on the start; as many random steps as IDEAL takes, of
-the same size; and IDEAL with the paper's step, run by main.py. All hold as many trained tokens as the start.
-Differences to keeping the start are taken seed by seed; what is shown is their mean and its standard error.
+the same size; and IDEAL with the paper's step and with the surrogate's, run by main.py. All hold as many
+trained tokens as the start. Differences to keeping the start are taken seed by seed; what is shown is their
+mean and its standard error.
 Finished runs are kept in --output; the same command goes on where it was stopped.
 """
 
@@ -21,38 +22,39 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 os.chdir(ROOT)
 
 from demo_bench import Bench, Job, Results, Workers  # noqa: E402
 
 from ideal.demo import STARTS  # noqa: E402
-from ideal.mixers.ideal import fixed_step, keep_volume  # noqa: E402
+from ideal.mixers.paper_step import fixed_step, keep_volume  # noqa: E402
 from ideal.seeding import generator  # noqa: E402
 
-KEEP, UNIFORM, SHARES, EXAMPLES, RANDOM, IDEAL = METHODS = [
+KEEP, UNIFORM, SHARES, EXAMPLES, RANDOM = CONTROLS = [
     "keep the start",
     "uniform examples",
     "shares by loss",
     "examples by loss",
     "random steps",
-    "IDEAL",
 ]
+STEPS = {"IDEAL, the paper's step": "fixed", "IDEAL": "surrogate"}
+"""IDEAL's rows and their `mixing.step`; the first step is the same mixture as the start in both."""
 
 
-def ideal_folder(output: Path, start: str, seed: int) -> Path:
+def ideal_folder(output: Path, start: str, seed: int, step: str = "fixed") -> Path:
     """Where main.py's run lies."""
-    return output / f"{start}-{seed}"
+    return output / f"{start}-{step}-{seed}"
 
 
-def run_ideal(folder: Path, start: str, seed: int, max_change: float, rounds: int) -> None:
+def run_ideal(folder: Path, start: str, seed: int, step: str, max_change: float, rounds: int) -> None:
     """The whole loop in one process, by the command a user would give; raises if it fails."""
     values = {
         "output_dir": folder,
         "seed": seed,
         "mixing.ratios": json.dumps(STARTS[start]),
         "mixing.budget": "fixed",
-        "mixing.step": "fixed",
+        "mixing.step": step,
         "mixing.max_change": max_change,
         "mixing.rounds": rounds,
         "train.disable_tqdm": "true",
@@ -95,11 +97,11 @@ def control_jobs(
 
 def losses_of(results: Results, output: Path, start: str, method: str, seeds: Sequence[int]) -> np.ndarray:
     """[seeds] test Q; IDEAL's is that of the round it kept, which it chose by reference loss."""
-    if method not in (KEEP, IDEAL):
+    if method not in (KEEP, *STEPS):
         return np.array([results.found[f"{start}/{method}/{seed}"]["Q_test"] for seed in seeds])
     found = []
     for seed in seeds:
-        folder = ideal_folder(output, start, seed)
+        folder = ideal_folder(output, start, seed, STEPS.get(method, "fixed"))
         best = 0 if method == KEEP else json.loads((folder / "mixture.json").read_text())["round"]
         found.append(json.loads((folder / f"round_{best:02d}" / "evaluation.json").read_text())["Q_test"])
     return np.array(found)
@@ -107,8 +109,8 @@ def losses_of(results: Results, output: Path, start: str, method: str, seeds: Se
 
 def cost(output: Path, start: str, method: str, seeds: Sequence[int]) -> str:
     """Inner loops and outer steps that lead to the method's model, the most over the seeds."""
-    if method == IDEAL:
-        folders = [ideal_folder(output, start, seed) for seed in seeds]
+    if method in STEPS:
+        folders = [ideal_folder(output, start, seed, STEPS[method]) for seed in seeds]
         loops = max(len(list(folder.glob("round_*/evaluation.json"))) for folder in folders)
         steps = max(len(list(folder.glob("round_*/influence.json"))) for folder in folders)
         return f"{loops} + {steps}"
@@ -120,7 +122,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--max-change", type=float, default=0.15, help="m of IDEAL's and of the random steps")
+    parser.add_argument("--max-change", type=float, default=0.15, help="m of the paper's step and of the random ones")
     parser.add_argument("--rounds", type=int, default=2, help="outer steps")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/demo_table"))
@@ -133,9 +135,10 @@ def main() -> None:
     with ThreadPoolExecutor(given.processes) as threads:
         runs = [
             threads.submit(
-                run_ideal, ideal_folder(output, start, seed), start, seed, given.max_change, given.rounds
+                run_ideal, ideal_folder(output, start, seed, step), start, seed, step, given.max_change, given.rounds
             )
             for start, seed in cases
+            for step in STEPS.values()
         ]
         for run in runs:
             run.result()
@@ -155,7 +158,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- |")
     for start in STARTS:
         kept = losses_of(results, output, start, KEEP, seeds)
-        for method in METHODS:
+        for method in (*CONTROLS, *STEPS):
             q = losses_of(results, output, start, method, seeds)
             change = q - kept
             error = change.std(ddof=1) / len(change) ** 0.5

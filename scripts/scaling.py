@@ -16,15 +16,17 @@ from typing import Any
 import numpy as np
 from transformers import LlamaConfig
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from ideal.config import Config, validate
-from ideal.errors import UserError
-from ideal.influence import DomainSample
-from ideal.machine import DEVICES
-from ideal.plan import EVALUATION, Counts, DataSizes, Plan, gigabytes, make_plan
-from ideal.report.tables import duration
-from scripts.shapes import SHAPES
+from shapes import SHAPES  # noqa: E402
+
+from ideal.config import Config, validate  # noqa: E402
+from ideal.errors import UserError  # noqa: E402
+from ideal.influence import DomainSample  # noqa: E402
+from ideal.machine import DEVICES  # noqa: E402
+from ideal.plan import EVALUATION, Counts, DataSizes, Plan, gigabytes, make_plan  # noqa: E402
+from ideal.report.tables import duration  # noqa: E402
 
 GPUS = (1, 8, 64)
 LENGTH, PROMPT = 512, 128

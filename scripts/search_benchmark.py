@@ -84,7 +84,7 @@ class Benchmark:
         if "methods" in parts:
             runs.reported(settings)
         if "page" in parts:
-            content = content_of(f"{page.stem}/sweep.jsonl", list(results.found.values()), runs, settings)
+            content: Json = content_of(f"{page.stem}/sweep.jsonl", list(results.found.values()), runs, settings)
             content |= {
                 "command": self.command,
                 "weights": dict(bench.data.weights),
@@ -148,7 +148,7 @@ def adopt(folder: Path, results: Results, tuning: Path, weights: Mapping[str, fl
         shutil.copyfile(folder / "tuning.json", tuning)
 
 
-def content_of(sweep: str, rows: Sequence[Row], runs: Runs, settings: Sequence[Setting]) -> dict[str, Json]:
+def content_of(sweep: str, rows: Sequence[Row], runs: Runs, settings: Sequence[Setting]) -> Json:
     """The page's numbers. sweep: where its runs go, beside the page. Raises UserError without a sweep."""
     if not any(row["seed"] >= FRESH for row in rows):
         raise UserError(f"{runs.output}: the sweep is not finished; the part sweep comes before the part page")

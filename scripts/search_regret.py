@@ -145,7 +145,7 @@ def curve_points(settings: Sequence[Curves], best: float) -> list[Json]:
     for curves in settings:
         for index in range(min(map(len, curves.values()))):
             regret = np.array([points[index].q_test - best for points in curves.values()])
-            costs = {axis: mean_cost(curves, index, axis) for axis in AXES}
+            costs: Json = {axis: mean_cost(curves, index, axis) for axis in AXES}
             found.append({**costs, **spread(mean_and_error(regret), "regret")})
     return sorted(found, key=lambda point: point["cost"])
 

@@ -94,8 +94,8 @@ class Stored:
         for number, domain in enumerate(self.domains):
             up, down = (self.oracle[setting.key(domain, sign, seed)] for sign in (1, -1))
             betas = [relative_change(tokens_of(row, self.domains), centre, number) for row in (up, down)]
-            losses = [[row[kind].get(capability, np.nan) for capability in self.capabilities] for row in (up, down)]
-            columns.append(central_difference(*losses, *betas))
+            above, below = ([row[kind].get(name, np.nan) for name in self.capabilities] for row in (up, down))
+            columns.append(central_difference(above, below, *betas))
         return np.array(columns).T
 
     def predictions(self, setting: Setting, seed: int) -> tuple[dict[str, Array], dict[str, Array]]:

@@ -13,14 +13,16 @@ import torch
 from exchange import IGNORED, Rows, Workload
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from shapes import SHAPES as LLAMAS  # noqa: E402
 
 from ideal.data import DataConfig, ExampleSet, load_data  # noqa: E402
 from ideal.mixture import build_mixture  # noqa: E402
 from ideal.model import ModelConfig, load_tokenizer  # noqa: E402
 from ideal.seeding import generator  # noqa: E402
 from ideal.training import TrainConfig, train  # noqa: E402
-from scripts.shapes import SHAPES as LLAMAS  # noqa: E402
 
 MLP = ("gate_proj", "up_proj", "down_proj")
 
