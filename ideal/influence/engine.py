@@ -214,9 +214,11 @@ class _Engine:
         if self.reuse:
             self.gradients = self.passes.per_layer(self.groups, len(self.pools))
         for number, part in enumerate(self.layout.factor_parts):
-            gradients = self.gradients if self.reuse else None
             label = _label(number, self.layout.factor_parts)
-            self.curvatures.estimate(part, self.factors, self.corrected, gradients, label)
+            # No name of their own for the gradients: in turns they must be gone before the capabilities' come.
+            self.curvatures.estimate(
+                part, self.factors, self.corrected, self.gradients if self.reuse else None, label
+            )
         dropped = self.curvatures.least_important(self.groups)
         self._pick_sequences()
         for number, part in enumerate(self.layout.gradient_parts):
