@@ -1,11 +1,13 @@
 """Does the influence predict what retraining does? On the embedded demo, over settings, estimators and seeds.
 
-    python scripts/validate_influence.py [estimate | oracle | page] [--processes 2] [--output runs/validation] [--quick]
+    python scripts/validate_influence.py [estimate | oracle | page | text] [--processes 2] [--output runs/validation]
+        [--quick]
 
 estimate: an unchanged inner loop for each start, passes and seed, and every estimator's influence matrix at its model.
 oracle: inner loops with every domain's volume changed up and down, in every setting. page: docs/validation.md, its
-figure and its numbers, from whatever is finished. Without a word all three, in this order. Every part goes on where it
-was stopped, run by run. --quick: a minute's worth, to see that everything works; its page goes to the output folder.
+figure and its numbers, from whatever is finished. Without a word these three, in this order. Every part goes on where
+it was stopped, run by run. text: page and figure once more from the numbers beside the page, as when the search
+benchmarks' have changed. --quick: a minute's worth, to see that everything works; its page goes to the output folder.
 
 With --config FILE, a configuration of main.py with a model and data of your own, in one setting as configured (fixed
 volume), with two seeds: an unchanged inner loop each, and two for each domain. Give --page and --output a name.
@@ -36,6 +38,7 @@ from ideal.report.files import Json, write_atomically  # noqa: E402
 from ideal.run_folder import read_json, write_text  # noqa: E402
 
 PARTS = ("estimate", "oracle", "page")
+TEXT = "text"
 PLACES = ("model.name_or_path", "data.domains", "output_dir")
 """Keys that a page does not repeat."""
 
@@ -68,7 +71,20 @@ def write_page(page: Path, runs: Stored, size: Size) -> None:
     if not all(any(len(runs.complete(s, seeds)) > 1 for s in size.settings) for seeds in needed):
         raise UserError("no setting has two finished seeds of each kind yet: the parts estimate and oracle come first")
     content = content_of(runs, size) | {"setup": setup_in_words(size.more)}
-    write_text(page.parent / page.stem / "validation.json", compact(content) + "\n")
+    write_text(numbers_of(page), compact(content) + "\n")
+    write_again(page)
+
+
+def numbers_of(page: Path) -> Path:
+    """The file of a page's numbers."""
+    return page.parent / page.stem / "validation.json"
+
+
+def write_again(page: Path) -> None:
+    """The page and its figure from its numbers and the search benchmarks'. Raises UserError where it has none."""
+    if not numbers_of(page).is_file():
+        raise UserError(f"{numbers_of(page)} is not there: the part page writes it")
+    content = read_json(numbers_of(page))
     write_atomically(page.parent / "figures" / f"{page.stem}.svg", rendered(content))
     searches = {f"{file.parent.name}.md": read_json(file) for file in sorted(page.parent.glob("search*/search.json"))}
     write_text(page, markdown(content, f"figures/{page.stem}.svg", searches))
@@ -102,15 +118,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="with --config: how many (default: %(default)s)")
     parser.add_argument("--page", type=Path, default=Path("docs/validation.md"))
     given = parser.parse_args()
-    unknown = set(given.parts) - set(PARTS)
+    unknown = set(given.parts) - {*PARTS, TEXT}
     if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join((*PARTS, TEXT))}")
     if given.seeds < 2:
         parser.error("--seeds must be 2 or more: a seed's prediction is compared with what the others measured")
     output = given.output / "quick" if given.quick else given.output
     page = output / "validation.md" if given.quick else given.page
     more = ("--config", str(given.config)) if given.config else QUICK.more if given.quick else ()
     try:
+        if given.parts == [TEXT]:
+            write_again(page)
+            return
         bench = Bench.open(more)
         size = size_of_model(more, bench, given.seeds) if given.config else QUICK if given.quick else Size()
         run(bench, output, given.processes, size, given.parts or PARTS, page)

@@ -236,7 +236,8 @@ def test_statistics_are_split_among_owners_and_parts():
     assert held(parts) <= 1.2 * held(whole) / 3
     # Also where the domains' gradients come with the eigenvalues.
     turns = tiny_plan(influence__memory_budget=0.9 * held(whole) / 1e9)
-    assert turns.outer_parts == (1, 1) and turns.at_once == 2 and "domain gradients" not in [p.name for p in turns.outer]
+    assert turns.outer_parts == (1, 1) and turns.at_once == 2
+    assert "domain gradients" not in [phase.name for phase in turns.outer]
     assert held(turns) <= 0.9 * held(whole)
 
 

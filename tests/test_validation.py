@@ -17,6 +17,7 @@ import validate_numbers as numbers  # noqa: E402
 from tiny import World, make_world  # noqa: E402
 from validate_content import Stored, content_of  # noqa: E402
 from validate_estimates import DAMPINGS, FAMILIES, Mixed, Trail, family_matrices, family_of, label  # noqa: E402
+from validate_influence import write_again, write_page  # noqa: E402
 from validate_page import markdown, rendered, steps_in_words  # noqa: E402
 from validate_runs import QUICK, Passes, Size  # noqa: E402
 from validate_search import whole_runs  # noqa: E402
@@ -29,6 +30,7 @@ from validate_source import (  # noqa: E402
     source_products,
 )
 
+from ideal.errors import UserError  # noqa: E402
 from ideal.influence import compute_influence  # noqa: E402
 from ideal.influence.ekfac import Curvature  # noqa: E402
 
@@ -261,6 +263,18 @@ def test_the_content_and_the_page_say_what_the_runs_say() -> None:
     page = markdown({**content, "setup": ""}, "figures/validation.svg", {})
     assert "{" not in page.replace("{math", "") and "**oracle 0.1**" in page
     assert rendered(content).startswith(b"<?xml")
+
+
+def test_a_page_is_written_again_from_its_numbers(tmp_path: Path) -> None:
+    """The runs are not needed for it, and the search benchmarks' may have changed."""
+    page = tmp_path / "validation.md"
+    with pytest.raises(UserError, match=r"validation\.json is not there"):
+        write_again(page)
+    write_page(page, made_up(SMALL), SMALL)
+    first, figure = page.read_text(), (tmp_path / "figures" / "validation.svg").read_bytes()
+    page.unlink()
+    write_again(page)
+    assert page.read_text() == first and (tmp_path / "figures" / "validation.svg").read_bytes() == figure
 
 
 def test_a_page_says_where_training_is_so_short_that_steps_count() -> None:
