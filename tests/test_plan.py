@@ -234,6 +234,9 @@ def test_statistics_are_split_among_owners_and_parts():
     assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.at_once)
     # The budget is for what is kept; the sums of a pass come and go in the same room.
     assert held(parts) <= 1.2 * held(whole) / 3
+    # One gradient at a time: no domain is passed over twice, the reference set is for each of two.
+    passes = {phase.name: phase.passes for phase in parts.outer}
+    assert parts.at_once == 1 and passes["domain gradients"] == 1 and passes["reference scores"] == 2
     # Also where the domains' gradients come with the eigenvalues.
     turns = tiny_plan(influence__memory_budget=0.9 * held(whole) / 1e9)
     assert turns.outer_parts == (1, 1) and turns.at_once == 2

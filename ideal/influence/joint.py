@@ -115,6 +115,7 @@ def solve_joint(
     with _Products(model, layers, batches, owners, at_once).ready() as products:
 
         def multiply(direction: Vectors, product: Vectors, numbers: Sequence[int]) -> None:
+            """(H + D) times the directions with these numbers of K, into `product`."""
             products.sum(direction, product, numbers)
             for name, tensor in product.items():
                 tensor.div_(tokens).add_(direction[name], alpha=damping[name])

@@ -117,7 +117,6 @@ class _RehearsedEngine(_Engine):
         self._domain_pass(part, directions, self._take(self._available()), "")
         return directions
 
-
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One iteration, on the step of the longest sequences; its work stands for all iterations and steps."""
         work, phase = self.passes.footprint.work, self.passes.footprint.phase
@@ -125,6 +124,7 @@ class _RehearsedEngine(_Engine):
         before, of_step = work[phase], Work()
 
         def batches() -> Iterator[Batch]:
+            """The step, and what is done with it between two requests."""
             nonlocal of_step
             for batch in self.passes.batches(step, drawn=False):
                 at_first = work[phase]

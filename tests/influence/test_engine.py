@@ -276,6 +276,15 @@ def test_budgets(two_layers, budget, factor_parts, gradient_parts, at_once, spil
     assert difference(found.training_covariance, expected.training_covariance) < EXACT
 
 
+@pytest.mark.parametrize("error_sequences", [0, 4])
+def test_turns_measure_on_all_reference_rows_whatever_is_asked_for_errors(two_layers, error_sequences):
+    options = {"sample_fraction": 0.95, "error_sequences": error_sequences}
+    found, expected = influence(two_layers, memory_budget=92e-6, **options), influence(two_layers, **options)
+    assert difference(found.matrix, expected.matrix) < EXACT
+    for covariance in (found.reference_covariance, found.training_covariance):
+        assert np.isnan(covariance).all() == (error_sequences == 0)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing(world, plain, reentrant):
     world.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
