@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
@@ -47,6 +47,7 @@ class Machine:
     """Seconds that an eigendecomposition in float64 takes, over the cube of its size."""
     memory: float | None
     """Bytes; None: unknown."""
+    gpu: bool = False
 
     def seconds(self, work: Work) -> float:
         """How long `work` takes, nothing overlapping."""
@@ -62,7 +63,7 @@ class Machine:
 
 def _gpu(name: str, wide: float, narrow: float, bandwidth: float, memory: float) -> Machine:
     # cuSOLVER's syevd is bound by memory traffic; about 30 s for 16384 rows on an A100.
-    return Machine(name, EFFICIENCY * wide, EFFICIENCY * narrow, EFFICIENCY * bandwidth, 7e-12, memory)
+    return Machine(name, EFFICIENCY * wide, EFFICIENCY * narrow, EFFICIENCY * bandwidth, 7e-12, memory, gpu=True)
 
 
 # Dense peaks from NVIDIA's data sheets: float32 without TF32, bfloat16, memory bandwidth, memory.
@@ -78,7 +79,7 @@ def machine_of(config: PlanConfig) -> Machine:
     machine = measured() if config.device == "here" else DEVICES[config.device]
     if config.flops is None:
         return machine
-    return Machine(machine.name, config.flops, config.flops, machine.moved, machine.eigen, machine.memory)
+    return replace(machine, wide=config.flops, narrow=config.flops)
 
 
 def measured() -> Machine:
@@ -108,6 +109,7 @@ def measured() -> Machine:
         moved=2 * block.nbytes / _seconds(lambda: copy.copy_(block), device),
         eigen=_seconds(lambda: torch.linalg.eigh(symmetric), device) / rows**3,
         memory=memory,
+        gpu=device.type != "cpu",
     )
 
 

@@ -22,6 +22,7 @@ from ideal.config import Config
 from ideal.errors import UserError
 from ideal.footprint import Footprint, Work, fake
 from ideal.influence import DomainSample
+from ideal.influence.pairs import room_for_pairs
 from ideal.influence.rehearsal import Rehearsal, rehearse
 from ideal.influence.samples import draw_domain, whole_reference
 from ideal.machine import Machine
@@ -209,7 +210,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
             phases.append(_evaluation(model, config, sizes, processes, machine, last + 2))
             outer = None
             if mixer.needs_influence:
-                outer = _outer_step(model, config, sizes, processes, timed=machine is not None)
+                outer = _outer_step(model, config, sizes, processes, machine)
                 phases += _outer_phases(_computing_weights(model, config, processes), outer, machine, max(last, 1))
     except UserError:
         raise
@@ -226,7 +227,7 @@ def make_plan(config: Config, sizes: DataSizes, processes: int, machine: Machine
         (len(outer.layout.factor_parts), len(outer.layout.gradient_parts)) if outer else (0, 0),
         outer.layout.at_once if outer and outer.layout.in_turns else None,
         outer.spilled if outer else 0,
-        _disk(config, shape, parameters, trained, plan, last + 1, outer.spilled * processes if outer else 0),
+        _disk(config, shape, parameters, trained, plan, last + 1, _temporary(config, outer, processes)),
     )
 
 
@@ -441,12 +442,25 @@ def _computing_weights(model: torch.nn.Module, config: Config, processes: int) -
     return _weights(model, _shards(config, processes), size, size)
 
 
-def _outer_step(model: torch.nn.Module, config: Config, sizes: DataSizes, processes: int, *, timed: bool) -> Rehearsal:
+def _outer_step(
+    model: torch.nn.Module, config: Config, sizes: DataSizes, processes: int, machine: Machine | None
+) -> Rehearsal:
     """One outer step's phases, without the model's weights."""
     fraction = 1.0 if config.influence.sample_fraction == "auto" else config.influence.sample_fraction
     training = [draw_domain(name, domain, fraction, config.seed) for name, domain in sizes.domains.items()]
     reference = [whole_reference(name, examples) for name, examples in sizes.references.items()]
-    return rehearse(model, training, reference, config.influence, processes, vocabulary=_vocabulary(model), timed=timed)
+    return rehearse(
+        model,
+        training,
+        reference,
+        config.influence,
+        processes,
+        vocabulary=_vocabulary(model),
+        pair_room=room_for_pairs(
+            config.influence.pair_budget, machine.gpu if machine else torch.accelerator.is_available()
+        ),
+        timed=machine is not None,
+    )
 
 
 def _outer_phases(weights: dict[str, int], outer: Rehearsal, machine: Machine | None, steps: int) -> list[Phase]:
@@ -465,7 +479,7 @@ def _outer_phases(weights: dict[str, int], outer: Rehearsal, machine: Machine | 
 
 
 def _disk(
-    config: Config, shape: Any, parameters: int, trained: int, plan: RoundPlan, loops: int, spilled: int
+    config: Config, shape: Any, parameters: int, trained: int, plan: RoundPlan, loops: int, temporary: dict[str, int]
 ) -> dict[str, int]:
     """Bytes by what for, over all processes."""
     stored = getattr(shape, "dtype", None)
@@ -483,9 +497,14 @@ def _disk(
         count = max(1, plan.steps // max(int(every), 1)) if every >= 1 else math.ceil(1 / every)
         count = min(count, given.get("save_total_limit") or count)
         disk[f"{count} checkpoints"] = count * checkpoint
-    if spilled and config.influence.spill == "disk":
-        disk["spilled eigenbases"] = spilled
-    return disk
+    return disk | temporary
+
+
+def _temporary(config: Config, outer: Rehearsal | None, processes: int) -> dict[str, int]:
+    """Bytes on disk during an outer step, by what for, over all processes."""
+    spilled = outer.spilled if outer and config.influence.spill == "disk" else 0
+    sizes = {"spilled eigenbases": spilled, "pairs of sequences": outer.pairs if outer else 0}
+    return {name: size * processes for name, size in sizes.items() if size}
 
 
 # Words

@@ -29,6 +29,7 @@ MAY_CHANGE = frozenset(
         "evaluation.batch_size",
         "influence.batch_size",
         "influence.memory_budget",
+        "influence.pair_budget",
         *(
             f"train.{name}"
             for name in (

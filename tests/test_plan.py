@@ -24,6 +24,7 @@ from ideal.distributed import rehearsed, world_size
 from ideal.errors import UserError
 from ideal.footprint import Footprint, fake
 from ideal.influence import DomainSample
+from ideal.influence.pairs import KeptPairs
 from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
 from ideal.plan import CannotPlan, Counts, DataSizes, Plan, _mean_longest, long_text, make_plan
 from main import ARGUMENTS
@@ -138,6 +139,16 @@ def test_peaks_of_smollm2(phase, processes, tmp_path):
     compare(task, phase, processes, tmp_path / "out")
 
 
+@pytest.mark.parametrize("influence", [{}, {"product_dtype": "bfloat16"}, {"memory_budget": 1e-5}, {"pair_budget": 5e-3}])
+def test_disk_of_kept_pairs(influence, tmp_path, monkeypatch):
+    task = Task(dict(peaks.TINY), {"a": 50, "bb": 60}, {"r": 40}, 64, TRAINING, {"batch_size": 4, **influence})
+    sizes = []
+    forget = KeptPairs._forget
+    monkeypatch.setattr(KeptPairs, "_forget", lambda self: (sizes.append(getattr(self, "end", 0)), forget(self))[1])
+    peaks.run_influence(task, peaks.make_model(task.model, tmp_path / "model"), tmp_path)
+    assert planned(task, 1).disk["pairs of sequences"] == max(sizes) > 0
+
+
 # The footprint, against sums by hand
 
 
@@ -230,13 +241,16 @@ def test_statistics_are_split_among_owners_and_parts():
     whole = tiny_plan()
     assert whole.outer_parts == (1, 1) and whole.at_once is None
     assert held(tiny_plan(4)) == pytest.approx(held(whole) / 4, rel=0.25)
-    parts = tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9)
+    parts = tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9, influence__pair_budget=0)
     assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.at_once)
     # The budget is for what is kept; the sums of a pass come and go in the same room.
     assert held(parts) <= 1.2 * held(whole) / 3
     # One gradient at a time: no domain is passed over twice, the reference set is for each of two.
     passes = {phase.name: phase.passes for phase in parts.outer}
     assert parts.at_once == 1 and passes["domain gradients"] == 1 and passes["reference scores"] == 2
+    # With its pairs kept it is not.
+    kept = {p.name: p.passes for p in tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9).outer}
+    assert kept["reference scores"] == 1
     # Also where the domains' gradients come with the eigenvalues.
     turns = tiny_plan(influence__memory_budget=0.9 * held(whole) / 1e9)
     assert turns.outer_parts == (1, 1) and turns.at_once == 2

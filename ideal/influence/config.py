@@ -53,6 +53,11 @@ class InfluenceConfig:
     """GB per process for the layers' statistics: where the domains' and capabilities' gradients do not fit together,
     they take turns, each with a pass over the reference sets; then layers are worked on in parts, each with a pass
     over the domains. None: no limit."""
+    pair_budget: Annotated[float, Field(ge=0)] | None = None
+    """GB per process, of files in the folder for temporary files (TMPDIR), for what a sequence hands to the layers: a
+    sequence that is needed again, as for covariances and then eigenvalues, does not go through the model again. At most
+    half of what is free there. None: 32 where the model is in host memory, 0 on a GPU, which computes it faster than
+    it could be fetched."""
     spill: Literal["cpu", "disk"] = "disk"
     """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
     in the folder for temporary files (TMPDIR)."""

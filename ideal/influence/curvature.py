@@ -64,6 +64,7 @@ class Curvatures:
         corrected: list[SequenceSet],
         gradients: dict[str, Tensor] | None = None,
         label: str = "",
+        again: Sequence[SequenceSet] = (),
     ) -> None:
         """Phases 1 to 3 for these layers; replaces an earlier estimate.
 
@@ -71,16 +72,20 @@ class Curvatures:
             factors: the covariances' sequences, [n], weighted so that they stand for the domains.
             corrected: the eigenvalues', likewise.
             gradients: per owned layer [n, O, I]; takes up the sums of `corrected`'s gradients times their repeats.
+            again: sequences that these layers will need after this.
         """
         if self.config.factors == "identity":
             return
         bases: Bases = {name: (None, None) for group in self.passes.owned(part) for name in group.layers}
         if self.config.factors in ("ekfac", "kfac"):
-            bases = self._eigenbases(part, factors, label)
+            needed = [*corrected, *again] if self.config.factors == "ekfac" else again
+            bases = self._eigenbases(part, factors, label, needed)
         if self.config.factors in ("ekfac", "diagonal"):
-            self._correct_eigenvalues(part, corrected, bases, gradients, label)
+            self._correct_eigenvalues(part, corrected, bases, gradients, label, again)
 
-    def _eigenbases(self, part: list[Group], factors: list[SequenceSet], label: str) -> Bases:
+    def _eigenbases(
+        self, part: list[Group], factors: list[SequenceSet], label: str, again: Sequence[SequenceSet]
+    ) -> Bases:
         """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too."""
         zeros, owned = self.passes.zeros, self.passes.owned(part)
         inputs = {group.name: zeros(group.width, group.width) for group in owned}
@@ -89,7 +94,7 @@ class Curvatures:
             InputCovariance(inputs, self.products),
             OutputCovariance(outputs, self.products),
         ]
-        self._run("covariances", part, factors, accumulators, label)
+        self._run("covariances", part, factors, accumulators, label, again)
         positions = sum(chosen.positions for chosen in factors)
         with self.passes.timed("eigenbases"):
             of_inputs = {name: self._decompose(total, positions) for name, total in _consumed(inputs)}
@@ -122,12 +127,13 @@ class Curvatures:
         bases: Bases,
         gradients: dict[str, Tensor] | None,
         label: str,
+        again: Sequence[SequenceSet],
     ) -> None:
         """Lambda, and the gradients, which are rotated back."""
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
         accumulator = Eigenvalues(sums, bases, self.products, gradients)
-        self._run("eigenvalues", part, corrected, [accumulator], label)
+        self._run("eigenvalues", part, corrected, [accumulator], label, again)
         for name, total in _consumed(sums):
             self.store.put("eigenvalues", name, total.div_(self.total))
         for name, rotated in (gradients or {}).items():
@@ -137,11 +143,16 @@ class Curvatures:
                 rotated[number] = curvature.rotate_back(rotated[number]) / (chosen.scale or 1.0)
 
     def _run(
-        self, description: str, part: list[Group], sets: list[SequenceSet], sums: list[Accumulator], label: str
+        self,
+        description: str,
+        part: list[Group],
+        sets: list[SequenceSet],
+        sums: list[Accumulator],
+        label: str,
+        again: Sequence[SequenceSet],
     ) -> None:
         sums = [*sums, *self.first_positions.accumulators(part)]
-        sampled = sums if self.config.fisher == "sampled" else []
-        self.passes.run(description, part, sets, [] if sampled else sums, sampled, label)
+        self.passes.run(description, part, sets, sums, self.config.fisher == "sampled", label, again)
 
     def of(self, group: Group) -> dict[str, Curvature]:
         """H + D of each of an owned group's layers."""

@@ -13,6 +13,7 @@ its group's owner. Suffixes: R capabilities, n domains, I in, O out; the rest in
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,7 +30,6 @@ from ideal.influence.joint import JointSolution, solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers
 from ideal.influence.matrix import fixed_form, objective, ratio_covariance
 from ideal.influence.passes import Passes
-from ideal.influence.products import Products
 from ideal.influence.result import Influence
 from ideal.influence.samples import (
     FACTOR_SEQUENCES,
@@ -86,7 +86,10 @@ def compute_influence(
         engine = _Engine(
             model, groups, pools, reference, config, seed, alike if weights is None else np.asarray(weights)
         )
-        with opened_store(engine.passes.device, engine.layout.spilled, config.spill) as store:
+        with (
+            opened_store(engine.passes.device, engine.layout.spilled, config.spill) as store,
+            closing(engine.passes.pairs),
+        ):
             return engine.run(store)
 
 
@@ -164,7 +167,7 @@ class _Engine:
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.model, deal_out(self.groups, world_size()), self.config, self.seed)
-        self.products = Products(self.passes.dtype, self.config.product_dtype == "bfloat16")
+        self.products = self.passes.products
         sizes = len(self.pools), len(self.reference), self.passes.dtype.itemsize
         self.layout = lay_out(self.groups, self.passes.owners, self.config, *sizes)
         self.auto = self.config.sample_fraction == "auto"
@@ -217,7 +220,7 @@ class _Engine:
             label = _label(number, self.layout.factor_parts)
             # No name of their own for the gradients: in turns they must be gone before the capabilities' come.
             self.curvatures.estimate(
-                part, self.factors, self.corrected, self.gradients if self.reuse else None, label
+                part, self.factors, self.corrected, self.gradients if self.reuse else None, label, self._again()
             )
         dropped = self.curvatures.least_important(self.groups)
         self._pick_sequences()
@@ -225,6 +228,11 @@ class _Engine:
             kept = [group.only(set(group.layers) - dropped) for group in part]
             self._add_matrices([group for group in kept if group.layers], _label(number, self.layout.gradient_parts))
         return self._result(dropped)
+
+    def _again(self) -> list[SequenceSet]:
+        """Sequences whose pairs the gradients need after the curvature: of the same layers, with the same labels."""
+        whole = len(self.layout.factor_parts) == len(self.layout.gradient_parts) == 1
+        return self.rest if whole and self.config.fisher == "empirical" else []
 
     def _pick_sequences(self) -> None:
         """Which sequences are scored: with auto all that come, reference rows in turns all, else those for errors."""
@@ -303,6 +311,7 @@ class _Engine:
                 label,
                 turn,
                 columns,
+                self.reference,
             )
             self.gradients = {}
         seen = torch.tensor([chosen.seen for chosen in self.reference], dtype=torch.float64, device=self.passes.device)
@@ -323,7 +332,10 @@ class _Engine:
         """[K, O, I] the mean gradients of some capabilities, per owned layer."""
         sums = self.passes.per_layer(part, len(turn))
         chosen = [self.reference[number] for number in turn]
-        self.passes.run("reference gradients", part, chosen, [Gradients(sums, self.products)], part=label)
+        for_errors = self.config.error_sequences and not self.layout.in_turns
+        again = [sample.sequences for sample in self.reference_samples] if for_errors else []
+        gradients = Gradients(sums, self.products)
+        self.passes.run("reference gradients", part, chosen, [gradients], part=label, again=again)
         for tensor in sums.values():
             for total, one in zip(tensor, chosen, strict=True):
                 total /= one.seen
@@ -419,7 +431,8 @@ class _Engine:
         if any(len(chosen.rows) for chosen in rest):
             gradients = Gradients(self.gradients, self.products)
             first = self.curvatures.first_positions.accumulators(part)
-            self.passes.run("domain gradients", part, rest, [*first, gradients, *more], part=label)
+            again = [sample.sequences for sample in self.training_samples] if self.layout.in_turns else []
+            self.passes.run("domain gradients", part, rest, [*first, gradients, *more], part=label, again=again)
 
     def _score(
         self,
@@ -430,18 +443,20 @@ class _Engine:
         label: str,
         turn: range | None = None,
         streams: dict[str, Tensor] | None = None,
+        again: Sequence[SequenceSet] = (),
     ) -> None:
         """Adds these layers' part to the samples' scores along V [K, O, I].
 
         Args:
             turn: which K of a sample's scores; None: all.
             streams: per layer [K, sets]; takes up the sums of the weighted scores.
+            again: sequences that these layers will need after this.
         """
         columns = slice(None) if turn is None else slice(turn.start, turn.stop)
         tables, picked = [sample.scores[:, columns] for sample in samples], [sample.slots for sample in samples]
         sets = [sample.sequences for sample in samples]
         accumulators: list[Accumulator] = [Scores(tables, picked, directions, self.products, streams)]
-        self.passes.run(description, part, sets, accumulators, part=label)
+        self.passes.run(description, part, sets, accumulators, part=label, again=again)
 
     def _until_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]

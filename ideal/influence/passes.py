@@ -4,14 +4,18 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ideal.distributed import progress, rank, world_size
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.layers import Group
+from ideal.influence.pairs import KeptPairs, free_room, room_for_pairs
+from ideal.influence.products import Products
 from ideal.influence.samples import SequenceSet
 from ideal.influence.statistics import Accumulator, Batch, Tracker, make_batch, make_positions
 from ideal.seeding import generator
@@ -25,9 +29,15 @@ class Passes:
         parameter = next(model.parameters())
         self.device = parameter.device
         self.dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        self.products = Products(self.dtype, config.product_dtype == "bfloat16")
         self.seconds: dict[str, float] = {}
-        self.positions = 0
-        """Positions that went through the model so far, on all ranks."""
+        room = room_for_pairs(config.pair_budget, self.device.type != "cpu")
+        self.pairs = KeptPairs(owners, min(room, free_room()) if room else 0.0, self.pair_dtype)
+
+    @property
+    def pair_dtype(self) -> torch.dtype | None:
+        """What pairs are kept in; None: what their layer computes in."""
+        return torch.bfloat16 if self.products.narrow(self.device) else None
 
     def owned(self, groups: Sequence[Group]) -> list[Group]:
         """Those whose statistics are this rank's."""
@@ -50,21 +60,53 @@ class Passes:
         description: str,
         groups: Sequence[Group],
         sets: Sequence[SequenceSet],
-        true: Sequence[Accumulator],
-        sampled: Sequence[Accumulator] = (),
+        accumulators: Sequence[Accumulator],
+        drawn: bool = False,
         part: str = "",
+        again: Sequence[SequenceSet] = (),
     ) -> None:
-        """All batches of `sets`, with the pairs at the layers of `groups`.
+        """All sequences of `sets`, with the pairs at the layers of `groups`.
 
         Args:
-            true: what sees the gradients of the examples' own labels.
-            sampled: what sees those of labels drawn from the model.
+            drawn: whether the gradients are those of labels drawn from the model, not of the examples' own.
             part: which of several runs of this kind it is, for the progress bar.
+            again: sequences that will be run again at these layers: their pairs are kept as far as there is room.
         """
+        kept, rest = self.pairs.split(groups, sets, drawn)
+        admitted, rest = self.pairs.admit(groups, rest, again, drawn)
+        steps = self.pairs.steps_of(kept) + self._steps(admitted) + self._steps(rest)
+        with self.timed(description), self._bar(steps, description + part) as bar:
+            self._replay(groups, kept, accumulators, bar)
+            self._through_model(groups, admitted, [*accumulators, self.pairs], drawn, bar)
+            self._through_model(groups, rest, accumulators, drawn, bar)
+
+    def _bar(self, steps: int, text: str) -> "tqdm[Any]":
+        return progress(steps, text)
+
+    def _replay(
+        self,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        accumulators: Sequence[Accumulator],
+        bar: "tqdm[Any]",
+    ) -> None:
+        """Sequences whose pairs at these layers are here."""
+        for _ in self.pairs.replay(sets, accumulators, self.device):
+            bar.update()
+
+    def _through_model(
+        self,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        accumulators: Sequence[Accumulator],
+        drawn: bool,
+        bar: "tqdm[Any]",
+    ) -> None:
+        """Sequences whose pairs are not."""
         tracker = Tracker(self.model, groups, self.owners, self.dtype)
-        with self.timed(description), tracker.hooked(), progress(self._steps(sets), description + part) as bar:
-            for batch in self.batches(sets, bool(sampled)):
-                tracker.run(batch, true, sampled)
+        with tracker.hooked():
+            for batch in self.batches(sets, drawn):
+                tracker.run(batch, [] if drawn else accumulators, accumulators if drawn else [])
                 bar.update()
 
     def _steps(self, sets: Sequence[SequenceSet]) -> int:
@@ -90,7 +132,6 @@ class Passes:
                     for mine in dealt
                 ]
                 positions = make_positions(set_index, per_rank, self.device, self.dtype)
-                self.positions += sum(positions.sizes)
                 mine = dealt[rank()] if len(dealt[rank()]) else step[:1]
                 rows = chosen.rows[mine].tolist()
                 yield make_batch(

@@ -28,12 +28,13 @@ class Products:
         self.dtype = dtype
         self.bf16 = bf16 and dtype == torch.float32
 
-    def _narrow(self, device: torch.device) -> bool:
+    def narrow(self, device: torch.device) -> bool:
+        """Whether inputs on this device are rounded to bfloat16 tensors."""
         return self.bf16 and (device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
     def add_(self, total: Tensor, left_NO: Tensor, right_NI: Tensor, factor: float) -> None:
         """total [O, I] += factor left^T right."""
-        if self._narrow(total.device) and total.device.type == "cuda":
+        if self.narrow(total.device) and total.device.type == "cuda":
             product = torch.mm(left_NO.bfloat16().mT, right_NI.bfloat16(), out_dtype=torch.float32)
             total.add_(product, alpha=factor)
             return
@@ -52,18 +53,18 @@ class Products:
 
     def basis(self, basis: Tensor | None) -> Tensor | None:
         """A basis as `rotate` wants it."""
-        return basis.bfloat16() if basis is not None and self._narrow(basis.device) else basis
+        return basis.bfloat16() if basis is not None and self.narrow(basis.device) else basis
 
     def rotate(self, x_NI: Tensor, basis_II: Tensor | None) -> Tensor:
         """x Q, [N, I]; x itself without a basis."""
         if basis_II is None:
             return x_NI.to(self.dtype)
-        dtype = torch.bfloat16 if self._narrow(x_NI.device) else self.dtype
+        dtype = torch.bfloat16 if self.narrow(x_NI.device) else self.dtype
         return x_NI.to(dtype) @ basis_II.to(dtype)
 
     def outer(self, d_NO: Tensor, x_NI: Tensor) -> Tensor:
         """d^T x of one sequence, [O, I]."""
-        if self._narrow(x_NI.device):
+        if self.narrow(x_NI.device):
             return (d_NO.bfloat16().mT @ x_NI.bfloat16()).to(self.dtype)
         return d_NO.to(self.dtype).mT @ x_NI.to(self.dtype)
 

@@ -5,20 +5,23 @@ one of sequences of mean length, whose work is multiplied; what asks for values 
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from ideal.distributed import rank, rehearsed, world_size
 from ideal.footprint import Footprint, Work
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
+from ideal.influence.pairs import Block, KeptPairs
 from ideal.influence.passes import Passes
 from ideal.influence.samples import SequenceSet
 from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen
@@ -50,6 +53,8 @@ class Rehearsal:
     layout: Layout
     spilled: int
     """Bytes in the store, where it is not with the model."""
+    pairs: int
+    """Bytes of kept pairs on disk, at most."""
 
 
 def rehearse(
@@ -60,12 +65,14 @@ def rehearse(
     ranks: int,
     *,
     vocabulary: int,
+    pair_room: float,
     timed: bool = True,
 ) -> Rehearsal:
     """Goes through all phases; call it inside `footprint.fake()`, with a model made there.
 
     Args:
         vocabulary: entries of the last dimension of logits.
+        pair_room: bytes of disk that pairs may take.
         timed: whether work is wanted too, which takes twice as long.
 
     Raises:
@@ -78,7 +85,7 @@ def rehearse(
         with rehearsed(busiest, ranks):
             weights = np.full(len(reference), 1 / len(reference))
             engine = _RehearsedEngine(model, groups, training, reference, config, 0, weights)
-            return engine.rehearse(vocabulary, timed)
+            return engine.rehearse(vocabulary, pair_room, timed)
 
 
 def _busiest(groups: list[Group], config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> int:
@@ -96,10 +103,12 @@ class _RehearsedEngine(_Engine):
 
     passes: "_RehearsedPasses"
 
-    def rehearse(self, vocabulary: int, timed: bool) -> Rehearsal:
+    def rehearse(self, vocabulary: int, pair_room: float, timed: bool) -> Rehearsal:
         """All phases."""
         footprint = Footprint(lambda tensor: "logits" if tensor.shape[-1:] == (vocabulary,) else "activations")
-        self.passes = passes = _RehearsedPasses(self.model, self.passes.owners, self.config, footprint, timed)
+        self.passes = passes = _RehearsedPasses(
+            self.model, self.passes.owners, self.config, footprint, pair_room, timed
+        )
         store = _RehearsedStore(self.layout.spilled, footprint)
         with footprint:
             self.run(store)
@@ -108,7 +117,7 @@ class _RehearsedEngine(_Engine):
             for name, peak in footprint.peaks().items()
             if name not in ("", TYPICAL)
         }
-        return Rehearsal(phases, self.layout, store.spilled)
+        return Rehearsal(phases, self.layout, store.spilled, int(passes.pairs.most))
 
     def _until_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
@@ -170,13 +179,46 @@ class _RehearsedStore(Store):
         return tensor
 
 
+class _RehearsedPairs(KeptPairs):
+    """Sizes instead of a file."""
+
+    most = 0.0
+    """Bytes on disk at the fullest."""
+
+    def admit(
+        self, groups: Sequence[Group], sets: Sequence[SequenceSet], again: Sequence[SequenceSet], drawn: bool
+    ) -> tuple[list[SequenceSet], list[SequenceSet]]:
+        """As in the file."""
+        admitted = super().admit(groups, sets, again, drawn)
+        self.most = max(self.most, self.used)
+        return admitted
+
+    def read(self, group: Group, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """x [N, I], and d [N, O] of each layer."""
+        kept = partial(torch.empty, dtype=self._dtype(group))
+        return kept(positions, group.width), {name: kept(positions, size) for name, size in group.outputs.items()}
+
+    def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
+        tensor.to(dtype)  # a copy, if it is one
+        return Block(0, tensor.shape, dtype)
+
+
 class _RehearsedPasses(Passes):
     """One step for each kind of pass, in place of all."""
 
+    pairs: _RehearsedPairs
+
     def __init__(
-        self, model: nn.Module, owners: dict[str, int], config: InfluenceConfig, footprint: Footprint, timed: bool
+        self,
+        model: nn.Module,
+        owners: dict[str, int],
+        config: InfluenceConfig,
+        footprint: Footprint,
+        pair_room: float,
+        timed: bool,
     ) -> None:
         super().__init__(model, owners, config, 0)
+        self.pairs = _RehearsedPairs(owners, pair_room, self.pair_dtype)
         self.footprint, self.wants_work = footprint, timed
         self.sequences: dict[str, int] = defaultdict(int)
         self.slots: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
@@ -185,34 +227,71 @@ class _RehearsedPasses(Passes):
         self.known: dict[Any, tuple[dict[str, int], Work]] = {}
         self.typical: dict[Any, Work] = {}
 
-    def run(
+    def _bar(self, steps: int, text: str) -> "tqdm[Any]":
+        return tqdm(disable=True)
+
+    def _replay(
         self,
-        description: str,
         groups: Sequence[Group],
         sets: Sequence[SequenceSet],
-        true: Sequence[Accumulator],
-        sampled: Sequence[Accumulator] = (),
-        part: str = "",
+        accumulators: Sequence[Accumulator],
+        bar: "tqdm[Any]",
+    ) -> None:
+        """Notes memory and work of all steps of `sets`."""
+
+        def step(chosen: Sequence[SequenceSet], accumulators: Sequence[Accumulator]) -> None:
+            for batch in self.batches(chosen, drawn=False):
+                for group in self.owned(groups):
+                    x_NI, outputs = self.pairs.read(group, sum(batch.positions.sizes))
+                    for accumulator in accumulators:
+                        accumulator.add(group, x_NI, outputs, batch.positions)
+
+        self._note("kept", groups, sets, accumulators, step)
+
+    def _through_model(
+        self,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        accumulators: Sequence[Accumulator],
+        drawn: bool,
+        bar: "tqdm[Any]",
     ) -> None:
         """Notes memory and work of all batches of `sets`."""
+        phase = self.footprint.phase
+        self.sequences[phase] += sum(len(chosen.rows) for chosen in sets)
+        for chosen in sets:
+            before = self.slots[phase].get(chosen.name, chosen.slots)
+            self.slots[phase][chosen.name] = np.union1d(before, chosen.slots)
+        tracker = Tracker(self.model, groups, self.owners, self.dtype)
+
+        def step(chosen: Sequence[SequenceSet], accumulators: Sequence[Accumulator]) -> None:
+            for batch in self.batches(chosen, drawn):
+                tracker.run(batch, [] if drawn else accumulators, accumulators if drawn else [])
+
+        with tracker.hooked():
+            self._note("drawn" if drawn else "own", groups, sets, accumulators, step)
+
+    def _note(
+        self,
+        kind: str,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        accumulators: Sequence[Accumulator],
+        step: "_Step",
+    ) -> None:
+        """Adds up what `step` would take for all of `sets`; kind: in what else steps of a phase differ."""
         if not any(len(chosen.rows) for chosen in sets):
             return
-        self.sequences[description] += sum(len(chosen.rows) for chosen in sets)
-        for chosen in sets:
-            before = self.slots[description].get(chosen.name, chosen.slots)
-            self.slots[description][chosen.name] = np.union1d(before, chosen.slots)
-        key = description, self._shapes(groups), tuple(len(chosen.rows) for chosen in sets)
-        with self.timed(description):
-            if key in self.known:
-                peak, work = self.known[key]
-                self.footprint.passing(peak)
-            else:
-                tracker = Tracker(self.model, groups, self.owners, self.dtype)
-                with tracker.hooked():
-                    peak = self._largest(tracker, sets, true, sampled)
-                    work = self._all(tracker, sets, true, sampled) if self.wants_work else Work()
-                self.known[key] = peak, work
-            self.footprint.work[description] += work
+        phase = self.footprint.phase
+        key = phase, kind, self._shapes(groups), tuple(len(chosen.rows) for chosen in sets)
+        if key in self.known:
+            peak, work = self.known[key]
+            self.footprint.passing(peak)
+        else:
+            peak = self._largest(sets, accumulators, step)
+            work = self._all(kind, groups, sets, accumulators, step) if self.wants_work else Work()
+            self.known[key] = peak, work
+        self.footprint.work[phase] += work
 
     def count(self, description: str) -> float:
         """Passes over a phase's sequences."""
@@ -233,41 +312,38 @@ class _RehearsedPasses(Passes):
         self.footprint.phase = before
 
     def _largest(
-        self,
-        tracker: Tracker,
-        sets: Sequence[SequenceSet],
-        true: Sequence[Accumulator],
-        sampled: Sequence[Accumulator],
+        self, sets: Sequence[SequenceSet], accumulators: Sequence[Accumulator], step: "_Step"
     ) -> dict[str, int]:
         """Runs the steps that need most memory; bytes by kind."""
         phase, start = self.footprint.phase, self.footprint.now
         before = self.footprint.work[phase]
-        for chosen in {_longest(sets, self.share), _most_scored(sets, true, self.share)}:
-            self._step(tracker, sets, chosen, true, sampled)
+        for chosen in {_longest(sets, self.share), _most_scored(sets, accumulators, self.share)}:
+            step(_alone(sets, chosen), accumulators)
         self.footprint.work[phase] = before
         return self.footprint.peaks(start).get(phase, {})
 
     def _all(
         self,
-        tracker: Tracker,
+        kind: str,
+        groups: Sequence[Group],
         sets: Sequence[SequenceSet],
-        true: Sequence[Accumulator],
-        sampled: Sequence[Accumulator],
+        accumulators: Sequence[Accumulator],
+        step: "_Step",
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
         lengths = _lengths(sets)
-        plain = [accumulator for accumulator in true if not isinstance(accumulator, Scores)]
+        plain = [accumulator for accumulator in accumulators if not isinstance(accumulator, Scores)]
         number, places = _typical(sets, float(lengths.mean()), self.share)
-        step = sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
+        sizes = sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
         # Parts of the layers differ in what is summed, seldom in how long their sequences are.
-        key = tuple(map(type, [*plain, *sampled])), self._shapes(tracker.groups), tuple(step)
+        key = kind, tuple(map(type, plain)), self._shapes(groups), tuple(sizes)
         if key not in self.typical:
             before, self.footprint.phase = self.footprint.phase, TYPICAL
-            self._step(tracker, sets, (number, places), plain, sampled)
+            step(_alone(sets, (number, places)), plain)
             self.footprint.phase = before
             self.typical[key] = self.footprint.work.pop(TYPICAL)
-        work = self.typical[key].times(float(lengths.sum() / step.sum()), float((lengths**2).sum() / (step**2).sum()))
-        for accumulator in true:
+        work = self.typical[key].times(float(lengths.sum() / sizes.sum()), float((lengths**2).sum() / (sizes**2).sum()))
+        for accumulator in accumulators:
             if isinstance(accumulator, Scores):
                 work += _scoring(accumulator, float(lengths.mean()), self.config.product_dtype == "bfloat16")
         return work
@@ -281,18 +357,9 @@ class _RehearsedPasses(Passes):
         """Sequences of a step, on all ranks."""
         return self.config.batch_size * world_size()
 
-    def _step(
-        self,
-        tracker: Tracker,
-        sets: Sequence[SequenceSet],
-        chosen: "_Chosen",
-        true: Sequence[Accumulator],
-        sampled: Sequence[Accumulator],
-    ) -> None:
-        for batch in self.batches(_alone(sets, chosen), bool(sampled)):
-            tracker.run(batch, true, sampled)
 
-
+_Step = Callable[[Sequence[SequenceSet], Sequence[Accumulator]], None]
+"""Does one step, of the few sequences that the sets hold."""
 _Chosen = tuple[int, tuple[int, ...]]
 """The number of a set, and the places of some of its sequences."""
 
@@ -323,10 +390,10 @@ def _longest_first(chosen: SequenceSet) -> np.ndarray:
     return np.argsort(-chosen.examples.positions[chosen.rows], kind="stable")
 
 
-def _most_scored(sets: Sequence[SequenceSet], true: Sequence[Accumulator], share: int) -> _Chosen:
+def _most_scored(sets: Sequence[SequenceSet], accumulators: Sequence[Accumulator], share: int) -> _Chosen:
     """The step in which most sequences are scored; the one of the longest if none is."""
     best = 0, _longest(sets, share)
-    for accumulator in true:
+    for accumulator in accumulators:
         for number, chosen in enumerate(sets):
             if not isinstance(accumulator, Scores) or not accumulator.picked[number]:
                 continue

@@ -60,6 +60,22 @@ class Positions:
             return tensor, self.weights[0]
         return tensor * self.position_weights[:, None], 1.0
 
+    def picked(self, set_index: int, weights: Mapping[int, float]) -> tuple["Positions", Tensor | None]:
+        """The positions of some sequences as a set's of its own, and where they are in N; None: they are all.
+
+        Args:
+            weights: of these sequences, by slot. A sequence of weight zero here is a filler: it stays behind.
+        """
+        places = [k for k, slot in enumerate(self.slots) if self.weights[k] and slot in weights]
+        chosen = [(self.sizes[k], weights[self.slots[k]], self.slots[k]) for k in places]
+        device, dtype = self.position_weights.device, self.position_weights.dtype
+        index = None
+        if len(places) < len(self.sizes):
+            ends = np.cumsum(self.sizes)
+            ranges = [np.arange(ends[k] - self.sizes[k], ends[k]) for k in places]
+            index = _tensor(np.concatenate([np.zeros(0, dtype=np.int64), *ranges]), device)
+        return make_positions(set_index, [chosen], device, dtype), index
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -86,7 +102,7 @@ def make_positions(
 ) -> Positions:
     """per_rank: for each rank the (positions, weight, slot) of its sequences."""
     every = [sequence for sequences in per_rank for sequence in sequences]
-    lengths = np.array([size for size, _, _ in every])
+    lengths = np.array([size for size, _, _ in every], dtype=np.int64)
     weights = np.array([weight for _, weight, _ in every])
     return Positions(
         set_index=set_index,

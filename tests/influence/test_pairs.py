@@ -1,0 +1,210 @@
+"""Pairs that are kept: the same numbers, fewer sequences through the model, and no more on disk than allowed."""
+
+import shutil
+import tempfile
+from collections import namedtuple
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from tiny import World, difference, make_world
+
+from ideal.errors import UserError
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, pairs
+from ideal.influence.pairs import KeptPairs, room_for_pairs
+from ideal.influence.statistics import Tracker, make_positions
+
+EXACT = 1e-10
+"""As in test_engine.py: rounding in float64 is a thousandth of it."""
+BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11)
+PER_POSITION = 8 * (2 * 16 + 3 * 24)
+"""Bytes of one block's pairs, float64: gate and up read 16 numbers and write 24 each, down reads 24 and writes 16."""
+
+
+@pytest.fixture(scope="module")
+def two_layers() -> World:
+    return make_world(layers=2)
+
+
+class Watched(KeptPairs):
+    """Says what it came to."""
+
+    most = 0
+    admitted = 0
+
+    def admit(self, *args):
+        found = super().admit(*args)
+        Watched.admitted += sum(len(chosen.rows) for chosen in found[0])
+        return found
+
+    def close(self):
+        Watched.most = max(Watched.most, self.end)
+        super().close()
+
+    def _forget(self):
+        Watched.most = max(Watched.most, getattr(self, "end", 0))
+        super()._forget()
+
+
+def computed(world: World, config: InfluenceConfig, seed: int = 3):
+    """The influence, how many sequences went through the model, and the bytes of its pairs' file."""
+    passed = []
+    run = Tracker.run
+
+    def counted(self, batch, *accumulators):
+        passed.append(len(batch.input_ids))
+        run(self, batch, *accumulators)
+
+    Watched.most = Watched.admitted = 0
+    with (
+        patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
+        patch.object(Tracker, "run", counted),
+        patch("ideal.influence.passes.KeptPairs", Watched),
+    ):
+        found = compute_influence(world.model, world.domains, world.references, config, seed)
+    return found, sum(passed), Watched.most
+
+
+CASES = {
+    "ekfac": BASE,
+    "all for all": replace(BASE, factor_fraction=1.0, eigenvalue_fraction=1.0),
+    "few eigenvalues": replace(BASE, factor_fraction=1.0, eigenvalue_fraction=0.3),
+    "kfac": replace(BASE, factors="kfac"),
+    "diagonal": replace(BASE, factors="diagonal"),
+    "sampled": replace(BASE, fisher="sampled"),
+    "one at a time": replace(BASE, batch_size=1),
+    "half of the layers": replace(BASE, keep_layers=0.5),
+    "turns": replace(BASE, memory_budget=92e-6),
+    "parts": replace(BASE, memory_budget=30e-6),
+    "auto": replace(BASE, sample_fraction="auto"),
+    "joint": replace(BASE, solver="cg", solver_iterations=3),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_same_with_fewer_passes(two_layers, case):
+    without, all_of_them, nothing = computed(two_layers, replace(CASES[case], pair_budget=0))
+    assert nothing == 0
+    kept, fewer, size = computed(two_layers, CASES[case])
+    some, between, part = computed(two_layers, replace(CASES[case], pair_budget=size / 2e9))
+    # No part of a sequence is kept, so the smaller file may come to less than it may hold.
+    assert fewer < between < all_of_them and 0 < part <= size / 2
+    for found in (kept, some):
+        assert difference(found.matrix, without.matrix) < EXACT
+        for covariance in ("training_covariance", "reference_covariance"):
+            expected = getattr(without, covariance)
+            scale = np.nanmax(np.abs(expected), initial=0.0)
+            np.testing.assert_allclose(getattr(found, covariance), expected, rtol=0, atol=EXACT * scale)
+        for layer, share in without.first_position_share.items():
+            assert found.first_position_share[layer] == pytest.approx(share, rel=EXACT)
+
+
+def test_every_sequence_goes_through_the_model_once(two_layers):
+    config = replace(CASES["all for all"], sample_fraction=1.0)
+    used = {
+        name: int(((domain.counts > 0) & (domain.examples.trained_tokens > 0)).sum())
+        for name, domain in two_layers.domains.items()
+    }
+    references = sum(int((rows.trained_tokens > 0).sum()) for rows in two_layers.references.values())
+    found, passed, size = computed(two_layers, config)
+    assert passed == sum(used.values()) + references and found.sequences == used
+    # All training pairs, and those of 11 reference rows of each capability (they have 9): all.
+    positions = sum(
+        int(examples.positions[(counts > 0) & (examples.trained_tokens > 0)].sum())
+        for examples, counts in [
+            *((domain.examples, domain.counts) for domain in two_layers.domains.values()),
+            *((rows, np.ones(len(rows))) for rows in two_layers.references.values()),
+        ]
+    )
+    assert size == 2 * PER_POSITION * positions
+
+
+def test_a_set_of_the_same_name_is_not_taken_for_another(two_layers):
+    """A domain and a capability that share name and slots, the capability's rows in another order."""
+    name = next(iter(two_layers.references))
+    domain = DomainSample(two_layers.references[name], np.ones(len(two_layers.references[name]), dtype=int))
+    rows = type(domain.examples)(domain.examples.rows[::-1])
+    world = World(two_layers.model, {**two_layers.domains, name: domain}, {**two_layers.references, name: rows})
+    found, expected = (computed(world, replace(BASE, pair_budget=budget))[0] for budget in (None, 0))
+    assert difference(found.matrix, expected.matrix) < EXACT
+    assert difference(found.reference_covariance, expected.reference_covariance) < EXACT
+
+
+def test_picked_positions_are_those_of_their_sequences():
+    sizes, weights, slots = [2, 3, 1, 4], [1.0, 2.0, 0.0, 5.0], [7, 8, 7, 9]
+    whole = make_positions(0, [list(zip(sizes, weights, slots, strict=True))], torch.device("cpu"), torch.float64)
+    positions, index = whole.picked(2, {9: 3.0, 7: 0.5, 4: 1.0})
+    # The third is a filler: weight zero where it was kept.
+    assert index.tolist() == [0, 1, 6, 7, 8, 9]
+    assert (positions.set_index, positions.sizes, positions.slots) == (2, [2, 4], [7, 9])
+    assert positions.position_weights.tolist() == [0.5] * 2 + [3.0] * 4 and positions.starts.tolist() == [0, 2]
+    assert whole.picked(0, {})[0].sizes == []
+    plain = make_positions(0, [[(2, 1.0, 0)]], torch.device("cpu"), torch.float64)
+    assert plain.picked(0, {0: 1.0})[1] is None
+
+
+def test_bfloat16_products_are_of_pairs_in_bfloat16(two_layers):
+    """2^-9 relative is what rounding to 8 bits may do to each number; sums of them cancel by a factor of a few."""
+    single = make_world(layers=2)
+    single.model.float()
+    halves = replace(BASE, product_dtype="bfloat16")
+    with patch("ideal.influence.products.Products.narrow", lambda self, device: self.bf16):
+        found, _, size = computed(single, halves)
+        expected, _, _ = computed(single, replace(halves, pair_budget=0))
+    wide = computed(single, BASE)[2]
+    assert size * 2 == wide
+    assert 0 < difference(found.matrix, expected.matrix) < 0.02
+
+
+@pytest.mark.parametrize("way", ["written", "failed"])
+def test_nothing_is_left_behind(two_layers, tmp_path, monkeypatch, way):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    files = []
+    right = KeptPairs.close
+
+    def close(self):
+        files.append(self.file)
+        right(self)
+
+    monkeypatch.setattr(KeptPairs, "close", close)
+    if way == "failed":
+        monkeypatch.setattr("ideal.influence.curvature.eigenbasis", lambda matrix: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            compute_influence(two_layers.model, two_layers.domains, two_layers.references, BASE, 0)
+    else:
+        compute_influence(two_layers.model, two_layers.domains, two_layers.references, BASE, 0)
+    assert len(files) == 1 and files[0].closed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_in_a_line(two_layers, monkeypatch):
+    class Full:
+        def seek(self, place):
+            pass
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(pairs.tempfile, "TemporaryFile", lambda prefix: Full())
+    with pytest.raises(UserError, match=r"^influence.pair_budget: .* has no room .*No space left.*TMPDIR") as caught:
+        compute_influence(two_layers.model, two_layers.domains, two_layers.references, BASE, 0)
+    assert "\n" not in str(caught.value)
+
+
+def test_half_of_the_free_disk_at_most(two_layers, monkeypatch):
+    size = computed(two_layers, BASE)[2]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(10 * size, 9 * size, size))
+    assert 0 < computed(two_layers, BASE)[2] <= size / 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert 0 < computed(two_layers, BASE)[2] <= size / 10
+
+
+def test_none_on_a_gpu_unless_asked_for():
+    assert room_for_pairs(None, on_gpu=True) == 0 < room_for_pairs(None, on_gpu=False)
+    assert room_for_pairs(3, on_gpu=True) == room_for_pairs(3, on_gpu=False) == 3e9
