@@ -7,7 +7,8 @@ which with their own labels gives their gradients too; 4 the capabilities' gradi
 5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
 reference rows once more, for the standard errors. Where there is no room for all g_j and V_r together
 they take turns: each W_j meets the reference rows one by one, which gives M and its errors, and V_r
-only the sequences that the domains' errors are estimated on. A layer's statistics exist on one rank,
+only the sequences that the domains' errors are estimated on. A sequence that several phases need goes through
+the model once, while there is room for its pairs (pairs.py). A layer's statistics exist on one rank,
 its group's owner. Suffixes: R capabilities, n domains, I in, O out; the rest in statistics.py.
 """
 

@@ -116,12 +116,15 @@ class KeptPairs:
         Args:
             again: the sequences that will be needed again.
         """
+        nobody = [np.zeros(len(chosen.slots), dtype=bool) for chosen in sets]
+        if not self.room:
+            return _divided(sets, nobody)
         coming = {(_key(chosen), slot) for chosen in again for slot in chosen.slots.tolist()}
         wanted = [np.array([(_key(chosen), slot) in coming for slot in chosen.slots.tolist()], bool) for chosen in sets]
         sizes = [chosen.examples.positions[chosen.rows] * mask for chosen, mask in zip(sets, wanted, strict=True)]
         most = self._bytes_per_position(groups) * sum(float(size.sum()) for size in sizes)
-        if not most or not self.room:
-            return _divided(sets, [np.zeros(len(chosen.slots), dtype=bool) for chosen in sets])
+        if not most:
+            return _divided(sets, nobody)
         if self.of != (_names(groups), drawn):
             self._forget()
             self.of = _names(groups), drawn
