@@ -22,7 +22,7 @@ from ideal.config import Config
 from ideal.errors import UserError
 from ideal.footprint import Footprint, Work, fake
 from ideal.influence import DomainSample
-from ideal.influence.pairs import room_for_pairs
+from ideal.influence.pairs import free_room, room_for_pairs
 from ideal.influence.rehearsal import Rehearsal, rehearse
 from ideal.influence.samples import draw_domain, whole_reference
 from ideal.machine import Machine
@@ -449,6 +449,8 @@ def _outer_step(
     fraction = 1.0 if config.influence.sample_fraction == "auto" else config.influence.sample_fraction
     training = [draw_domain(name, domain, fraction, config.seed) for name, domain in sizes.domains.items()]
     reference = [whole_reference(name, examples) for name, examples in sizes.references.items()]
+    on_gpu = machine.gpu if machine else torch.accelerator.is_available()
+    room = room_for_pairs(config.influence.pair_budget, on_gpu)
     return rehearse(
         model,
         training,
@@ -456,9 +458,7 @@ def _outer_step(
         config.influence,
         processes,
         vocabulary=_vocabulary(model),
-        pair_room=room_for_pairs(
-            config.influence.pair_budget, machine.gpu if machine else torch.accelerator.is_available()
-        ),
+        pair_room=room if on_gpu else min(room, free_room(processes)),
         timed=machine is not None,
     )
 

@@ -140,10 +140,12 @@ def test_peaks_of_smollm2(phase, processes, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "influence", [{}, {"product_dtype": "bfloat16"}, {"memory_budget": 2e-5}, {"pair_budget": 5e-3}]
+    "influence",
+    [{}, {"product_dtype": "bfloat16"}, {"memory_budget": 2e-5}, {"pair_budget": 5e-3}, {"layers": ["*up*"]}],
 )
 def test_disk_of_kept_pairs(influence, tmp_path, monkeypatch):
-    task = Task(dict(peaks.TINY), {"a": 50, "bb": 60}, {"r": 40}, 64, TRAINING, {"batch_size": 4, **influence})
+    settings = {"batch_size": 4, "pair_budget": 1, **influence}
+    task = Task(dict(peaks.TINY), {"a": 50, "bb": 60}, {"r": 40}, 64, TRAINING, settings)
     sizes = []
     forget = KeptPairs._forget
     monkeypatch.setattr(KeptPairs, "_forget", lambda self: (sizes.append(getattr(self, "end", 0)), forget(self))[1])
@@ -251,7 +253,8 @@ def test_statistics_are_split_among_owners_and_parts():
     passes = {phase.name: phase.passes for phase in parts.outer}
     assert parts.at_once == 1 and passes["domain gradients"] == 1 and passes["reference scores"] == 2
     # With its pairs kept it is not.
-    kept = {p.name: p.passes for p in tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9).outer}
+    budgets = {"influence__memory_budget": held(whole) / 3 / 1e9, "influence__pair_budget": 1}
+    kept = {phase.name: phase.passes for phase in tiny_plan(**budgets).outer}
     assert kept["reference scores"] == 1
     # Also where the domains' gradients come with the eigenvalues.
     turns = tiny_plan(influence__memory_budget=0.9 * held(whole) / 1e9)

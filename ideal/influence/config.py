@@ -54,10 +54,10 @@ class InfluenceConfig:
     they take turns, each with a pass over the reference sets; then layers are worked on in parts, each with a pass
     over the domains. None: no limit."""
     pair_budget: Annotated[float, Field(ge=0)] | None = None
-    """GB per process, of files in the folder for temporary files (TMPDIR), for what a sequence hands to the layers: a
-    sequence that is needed again, as for covariances and then eigenvalues, does not go through the model again. At most
-    half of what is free there. None: 32 where the model is in host memory, 0 on a GPU, which computes it faster than
-    it could be fetched."""
+    """GB per process, of a file in the folder for temporary files (TMPDIR), for what sequences hand to the layers: one
+    that is needed again, as for covariances and then eigenvalues, does not go through the model again. At most half of
+    what is free there. None: 32, but 0 on a GPU, which computes it faster than it could be fetched, and where that
+    folder lies in memory."""
     spill: Literal["cpu", "disk"] = "disk"
     """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
     in the folder for temporary files (TMPDIR)."""

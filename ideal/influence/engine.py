@@ -215,6 +215,7 @@ class _Engine:
     def run(self, store: Store) -> Influence:
         """All phases."""
         self.curvatures = Curvatures(self.passes, self.products, store, self.config, self.total)
+        self._pick_sequences()
         if self.reuse:
             self.gradients = self.passes.per_layer(self.groups, len(self.pools))
         for number, part in enumerate(self.layout.factor_parts):
@@ -224,16 +225,19 @@ class _Engine:
                 part, self.factors, self.corrected, self.gradients if self.reuse else None, label, self._again()
             )
         dropped = self.curvatures.least_important(self.groups)
-        self._pick_sequences()
         for number, part in enumerate(self.layout.gradient_parts):
             kept = [group.only(set(group.layers) - dropped) for group in part]
             self._add_matrices([group for group in kept if group.layers], _label(number, self.layout.gradient_parts))
         return self._result(dropped)
 
     def _again(self) -> list[SequenceSet]:
-        """Sequences whose pairs the gradients need after the curvature: of the same layers, with the same labels."""
-        whole = len(self.layout.factor_parts) == len(self.layout.gradient_parts) == 1
-        return self.rest if whole and self.config.fisher == "empirical" else []
+        """Sequences whose pairs are needed after the curvature: at the same layers, with the same labels."""
+        whole = len(self.layout.factor_parts) == len(self.layout.gradient_parts) == 1 and self.config.keep_layers == 1
+        return self._for_domains() if whole and self.config.fisher == "empirical" else []
+
+    def _for_domains(self) -> list[SequenceSet]:
+        """Those that the domains' gradients and errors take."""
+        return [*self.rest, *(sample.sequences for sample in self.training_samples)]
 
     def _pick_sequences(self) -> None:
         """Which sequences are scored: with auto all that come, reference rows in turns all, else those for errors."""
@@ -327,6 +331,7 @@ class _Engine:
                 self._solved(part, self._reference_gradients(part, turn, label)),
                 label,
                 turn,
+                again=self._for_domains(),
             )
 
     def _reference_gradients(self, part: list[Group], turn: range, label: str) -> dict[str, Tensor]:
@@ -432,7 +437,7 @@ class _Engine:
         if any(len(chosen.rows) for chosen in rest):
             gradients = Gradients(self.gradients, self.products)
             first = self.curvatures.first_positions.accumulators(part)
-            again = [sample.sequences for sample in self.training_samples] if self.layout.in_turns else []
+            again = self._for_domains() if self.layout.in_turns else []
             self.passes.run("domain gradients", part, rest, [*first, gradients, *more], part=label, again=again)
 
     def _score(

@@ -8,18 +8,19 @@ On a GPU that is no gain: a layer of 4,096 x 14,336 weights takes 0.6 us per pos
 (4 FLOP per weight, 400 TFLOP/s), and 3 us to send them out and back in bfloat16 (25 GB/s).
 """
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ideal.distributed import all_gather_objects, world_size
+from ideal.distributed import world_size
 from ideal.errors import UserError
 from ideal.influence.layers import Group
 from ideal.influence.samples import SequenceSet
@@ -30,20 +31,36 @@ DEFAULT_GIGABYTES = 32.0
 FREE_PART = 0.5
 """Part of the free disk that all processes' files may take."""
 
-_Key = tuple[str, int]
-"""A set's name and its examples' identity: a domain and a capability may share their name."""
+IN_MEMORY = ("tmpfs", "ramfs")
+"""File systems whose files take memory."""
+KEPT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_Key = tuple[str, int, bool]
+"""A set's name, its examples' identity, and whether it is a reference set: each of them numbers its own slots."""
+
+
+_NONE = np.zeros(0, dtype=np.int64)
 
 
 def room_for_pairs(gigabytes: float | None, on_gpu: bool) -> float:
     """Bytes per process that `influence.pair_budget` allows."""
-    return 1e9 * ((0.0 if on_gpu else DEFAULT_GIGABYTES) if gigabytes is None else gigabytes)
+    if gigabytes is None:
+        return 0.0 if on_gpu or _in_memory(tempfile.gettempdir()) else DEFAULT_GIGABYTES * 1e9
+    return gigabytes * 1e9
 
 
-def free_room() -> float:
-    """Bytes that a file of each process may take in the folder for temporary files; the least of all ranks'."""
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    mine = FREE_PART * shutil.disk_usage(tempfile.gettempdir()).free / beside
-    return min(all_gather_objects(mine))
+def free_room(beside: int) -> float:
+    """Bytes that each of `beside` processes may take in the folder for temporary files."""
+    return FREE_PART * shutil.disk_usage(tempfile.gettempdir()).free / beside
+
+
+def _in_memory(folder: str) -> bool:
+    """Whether a folder's files lie in memory, where the system says so."""
+    mounts = Path("/proc/mounts")
+    lines = [line.split() for line in mounts.read_text().splitlines()] if mounts.exists() else []
+    place = Path(folder).resolve()
+    around = [(len(path), kind) for _, path, kind, *_ in lines if place.is_relative_to(path)]
+    return max(around, default=(0, ""))[1] in IN_MEMORY
 
 
 @dataclass(frozen=True)
@@ -51,7 +68,8 @@ class Block:
     """A tensor in the file."""
 
     start: int
-    shape: torch.Size
+    width: int
+    """Numbers per position."""
     dtype: torch.dtype
 
 
@@ -82,6 +100,8 @@ class KeptPairs:
         self.slots: dict[_Key, np.ndarray] = {}
         self.steps: list[_Step] = []
         self.keys: list[_Key] = []
+        self.step_of: Positions | None = None
+        self.ranges: list[tuple[int, int]] = []
         self.used = 0.0
         self.end = 0
 
@@ -89,7 +109,8 @@ class KeptPairs:
         """Drops everything."""
         self._forget()
         if self.file is not None:
-            self.file.close()
+            with suppress(OSError):  # all that was needed of it has been read
+                self.file.close()
             self.file = None
 
     # Which sequences: decided from what all ranks know
@@ -101,9 +122,8 @@ class KeptPairs:
 
         drawn: whether the pairs are wanted that belong to labels drawn from the model.
         """
-        nothing = np.zeros(0, dtype=np.int64)
         here = self.slots if self.of == (_names(groups), drawn) else {}
-        kept = [np.isin(chosen.slots, here.get(_key(chosen), nothing)) for chosen in sets]
+        kept = [np.isin(chosen.slots, here.get(_key(chosen), _NONE)) for chosen in sets]
         return _divided(sets, kept)
 
     def admit(
@@ -116,24 +136,23 @@ class KeptPairs:
         Args:
             again: the sequences that will be needed again.
         """
-        nobody = [np.zeros(len(chosen.slots), dtype=bool) for chosen in sets]
-        if not self.room:
-            return _divided(sets, nobody)
-        coming = {(_key(chosen), slot) for chosen in again for slot in chosen.slots.tolist()}
-        wanted = [np.array([(_key(chosen), slot) in coming for slot in chosen.slots.tolist()], bool) for chosen in sets]
+        coming: dict[_Key, list[np.ndarray]] = {}
+        for chosen in again:
+            coming.setdefault(_key(chosen), [_NONE]).append(chosen.slots)
+        wanted = [np.isin(chosen.slots, np.concatenate(coming.get(_key(chosen), [_NONE]))) for chosen in sets]
         sizes = [chosen.examples.positions[chosen.rows] * mask for chosen, mask in zip(sets, wanted, strict=True)]
         most = self._bytes_per_position(groups) * sum(float(size.sum()) for size in sizes)
-        if not most:
-            return _divided(sets, nobody)
+        if not most or not self.room:
+            return _divided(sets, [np.zeros_like(mask) for mask in wanted])
         if self.of != (_names(groups), drawn):
             self._forget()
             self.of = _names(groups), drawn
         part = min(1.0, (self.room - self.used) / most)
-        # From the front, which is a random sample; the same part of every set.
+        # The same part of every set.
         kept = [mask & (np.cumsum(size) <= part * size.sum()) for mask, size in zip(wanted, sizes, strict=True)]
         self.keys = [_key(chosen) for chosen in sets]
         for chosen, mask, size in zip(sets, kept, sizes, strict=True):
-            before = self.slots.get(_key(chosen), np.zeros(0, dtype=np.int64))
+            before = self.slots.get(_key(chosen), _NONE)
             self.slots[_key(chosen)] = np.concatenate([before, chosen.slots[mask]])
             self.used += self._bytes_per_position(groups) * float(size[mask].sum())
         return _divided(sets, kept)
@@ -147,14 +166,19 @@ class KeptPairs:
         return max(sizes)
 
     def _dtype(self, group: Group) -> torch.dtype:
-        return self.dtype or next(iter(group.layers.values())).weight.dtype
+        of_weights = next(iter(group.layers.values())).weight.dtype
+        # Quantised layers take in and give out floats all the same.
+        return self.dtype or (of_weights if of_weights in KEPT_DTYPES else torch.float32)
 
     # Pairs
 
     def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
-        """Keeps a step's positions."""
-        if not self.steps or self.steps[-1].positions is not positions:
-            self.steps.append(_Step(self.keys[positions.set_index], positions))
+        """Keeps a step's positions, without the fillers."""
+        if self.step_of is not positions:
+            self.step_of = positions
+            real = {slot: weight for slot, weight in zip(positions.slots, positions.weights, strict=True) if weight}
+            kept, self.ranges = positions.picked(positions.set_index, real)
+            self.steps.append(_Step(self.keys[positions.set_index], kept))
         dtype = self._dtype(group)
         blocks = {name: self._write(d_NO, dtype) for name, d_NO in outputs.items()}
         self.steps[-1].groups.append((group, self._write(x_NI, dtype), blocks))
@@ -176,38 +200,55 @@ class KeptPairs:
         for step in self.steps:
             if step.key not in places:
                 continue
-            positions, picked = step.positions.picked(places[step.key], weights[step.key])
+            positions, ranges = step.positions.picked(places[step.key], weights[step.key])
             if positions.sizes:
                 for group, of_input, of_outputs in step.groups:
-                    x_NI = self._read(of_input, picked, device)
-                    outputs = {name: self._read(block, picked, device) for name, block in of_outputs.items()}
+                    x_NI = self._read(of_input, ranges).to(device)
+                    outputs = {name: self._read(block, ranges).to(device) for name, block in of_outputs.items()}
                     for accumulator in accumulators:
                         accumulator.add(group, x_NI, outputs, positions)
             yield
 
     def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
-        if self.file is None:
-            self.file = tempfile.TemporaryFile(prefix="ideal-pairs-")
-        tensor = tensor.to("cpu", dtype).contiguous()
-        block = Block(self.end, tensor.shape, dtype)
+        parts = [tensor[start:end].to("cpu", dtype).contiguous() for start, end in self.ranges]
+        block = Block(self.end, tensor.shape[1], dtype)
         try:
+            if self.file is None:
+                self.file = tempfile.TemporaryFile(prefix="ideal-pairs-", buffering=0)
             self.file.seek(block.start)
-            self.file.write(tensor.view(torch.uint8).numpy().data)
+            for part in parts:
+                rest = part.view(torch.uint8).numpy().data.cast("B")
+                self.end += len(rest)
+                while rest:
+                    rest = rest[self.file.write(rest) :]
         except OSError as error:
-            raise UserError(
-                f"influence.pair_budget: {tempfile.gettempdir()} has no room for more than {self.end / 1e9:.1f} GB of"
-                f" pairs ({error}); set a smaller budget (0: none), or TMPDIR to another folder"
-            ) from error
-        self.end += tensor.nbytes
+            raise self._failed(error) from error
         return block
 
-    def _read(self, block: Block, picked: Tensor | None, device: torch.device) -> Tensor:
+    def _read(self, block: Block, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """[N, width], the rows of `ranges`."""
         assert self.file is not None
-        tensor = torch.empty(block.shape, dtype=block.dtype)
-        self.file.seek(block.start)
-        self.file.readinto(tensor.view(torch.uint8).numpy().data)  # type: ignore[attr-defined]
-        tensor = tensor.to(device)
-        return tensor if picked is None else tensor.index_select(0, picked)
+        tensor = torch.empty(sum(end - start for start, end in ranges), block.width, dtype=block.dtype)
+        rest = tensor.view(torch.uint8).numpy().data.cast("B")
+        row = block.width * block.dtype.itemsize
+        try:
+            for start, end in ranges:
+                self.file.seek(block.start + start * row)
+                wanted = (end - start) * row
+                while wanted:
+                    count = self.file.readinto(rest[:wanted])  # type: ignore[attr-defined]
+                    if not count:
+                        raise OSError("the file ends too early")
+                    rest, wanted = rest[count:], wanted - count
+        except OSError as error:
+            raise self._failed(error) from error
+        return tensor
+
+    def _failed(self, error: OSError) -> UserError:
+        return UserError(
+            f"influence.pair_budget: the temporary file of {self.end / 1e9:.1f} GB in {tempfile.gettempdir()} failed"
+            f" ({error}); set a smaller budget (0: no file), or TMPDIR to another folder"
+        )
 
 
 def _divided(sets: Sequence[SequenceSet], masks: Sequence[np.ndarray]) -> tuple[list[SequenceSet], list[SequenceSet]]:
@@ -224,4 +265,4 @@ def _names(groups: Sequence[Group]) -> object:
 
 
 def _key(chosen: SequenceSet) -> _Key:
-    return chosen.name, id(chosen.examples)
+    return chosen.name, id(chosen.examples), chosen.population is None

@@ -1,6 +1,7 @@
 """Passes over sequences: which batches they form, on which rank, and how long that takes."""
 
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ideal.distributed import progress, rank, world_size
+from ideal.distributed import all_gather_objects, progress, rank, world_size
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.layers import Group
 from ideal.influence.pairs import KeptPairs, free_room, room_for_pairs
@@ -32,7 +33,8 @@ class Passes:
         self.products = Products(self.dtype, config.product_dtype == "bfloat16")
         self.seconds: dict[str, float] = {}
         room = room_for_pairs(config.pair_budget, self.device.type != "cpu")
-        self.pairs = KeptPairs(owners, min(room, free_room()) if room else 0.0, self.pair_dtype)
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+        self.pairs = KeptPairs(owners, min(all_gather_objects(min(room, free_room(beside)))), self.pair_dtype)
 
     @property
     def pair_dtype(self) -> torch.dtype | None:

@@ -122,8 +122,9 @@ class _RehearsedEngine(_Engine):
     def _until_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """At worst all sequences are taken."""
+        """At worst all sequences are taken, and have been kept for the curvature."""
         self._domain_pass(part, directions, self._take(self._available()), "")
+        self.passes.pairs.admit(part, self.pools, self.pools, self.config.fisher == "sampled")
         return directions
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
@@ -200,7 +201,7 @@ class _RehearsedPairs(KeptPairs):
 
     def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
         tensor.to(dtype)  # a copy, if it is one
-        return Block(0, tensor.shape, dtype)
+        return Block(0, tensor.shape[1], dtype)
 
 
 class _RehearsedPasses(Passes):

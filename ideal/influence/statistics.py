@@ -60,21 +60,23 @@ class Positions:
             return tensor, self.weights[0]
         return tensor * self.position_weights[:, None], 1.0
 
-    def picked(self, set_index: int, weights: Mapping[int, float]) -> tuple["Positions", Tensor | None]:
-        """The positions of some sequences as a set's of its own, and where they are in N; None: they are all.
+    def picked(self, set_index: int, weights: Mapping[int, float]) -> tuple["Positions", list[tuple[int, int]]]:
+        """The positions of some sequences as a set's of its own, and the ranges of N that they are.
 
         Args:
             weights: of these sequences, by slot. A sequence of weight zero here is a filler: it stays behind.
         """
         places = [k for k, slot in enumerate(self.slots) if self.weights[k] and slot in weights]
         chosen = [(self.sizes[k], weights[self.slots[k]], self.slots[k]) for k in places]
+        ends = np.cumsum(self.sizes).tolist()
+        ranges: list[tuple[int, int]] = []
+        for k in places:
+            start = ends[k] - self.sizes[k]
+            # Neighbours are one range.
+            first = ranges.pop()[0] if ranges and ranges[-1][1] == start else start
+            ranges.append((first, ends[k]))
         device, dtype = self.position_weights.device, self.position_weights.dtype
-        index = None
-        if len(places) < len(self.sizes):
-            ends = np.cumsum(self.sizes)
-            ranges = [np.arange(ends[k] - self.sizes[k], ends[k]) for k in places]
-            index = _tensor(np.concatenate([np.zeros(0, dtype=np.int64), *ranges]), device)
-        return make_positions(set_index, [chosen], device, dtype), index
+        return make_positions(set_index, [chosen], device, dtype), ranges
 
 
 @dataclass(frozen=True)

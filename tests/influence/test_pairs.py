@@ -1,5 +1,6 @@
 """Pairs that are kept: the same numbers, fewer sequences through the model, and no more on disk than allowed."""
 
+import io
 import shutil
 import tempfile
 from collections import namedtuple
@@ -18,7 +19,9 @@ from ideal.influence.statistics import Tracker, make_positions
 
 EXACT = 1e-10
 """As in test_engine.py: rounding in float64 is a thousandth of it."""
-BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11)
+BASE = InfluenceConfig(
+    sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11, pair_budget=1
+)
 PER_POSITION = 8 * (2 * 16 + 3 * 24)
 """Bytes of one block's pairs, float64: gate and up read 16 numbers and write 24 each, down reads 24 and writes 16."""
 
@@ -121,13 +124,15 @@ def test_every_sequence_goes_through_the_model_once(two_layers):
     assert size == 2 * PER_POSITION * positions
 
 
-def test_a_set_of_the_same_name_is_not_taken_for_another(two_layers):
-    """A domain and a capability that share name and slots, the capability's rows in another order."""
+@pytest.mark.parametrize("same_examples", [True, False])
+def test_a_set_of_the_same_name_is_not_taken_for_another(two_layers, same_examples):
+    """A domain and a capability that share their name and, it may be, their examples; their order differs."""
     name = next(iter(two_layers.references))
-    domain = DomainSample(two_layers.references[name], np.ones(len(two_layers.references[name]), dtype=int))
-    rows = type(domain.examples)(domain.examples.rows[::-1])
+    examples = two_layers.references[name]
+    domain = DomainSample(examples, np.ones(len(examples), dtype=int))
+    rows = examples if same_examples else type(examples)(examples.rows[::-1])
     world = World(two_layers.model, {**two_layers.domains, name: domain}, {**two_layers.references, name: rows})
-    found, expected = (computed(world, replace(BASE, pair_budget=budget))[0] for budget in (None, 0))
+    found, expected = (computed(world, replace(BASE, pair_budget=budget))[0] for budget in (1, 0))
     assert difference(found.matrix, expected.matrix) < EXACT
     assert difference(found.reference_covariance, expected.reference_covariance) < EXACT
 
@@ -135,14 +140,14 @@ def test_a_set_of_the_same_name_is_not_taken_for_another(two_layers):
 def test_picked_positions_are_those_of_their_sequences():
     sizes, weights, slots = [2, 3, 1, 4], [1.0, 2.0, 0.0, 5.0], [7, 8, 7, 9]
     whole = make_positions(0, [list(zip(sizes, weights, slots, strict=True))], torch.device("cpu"), torch.float64)
-    positions, index = whole.picked(2, {9: 3.0, 7: 0.5, 4: 1.0})
+    positions, ranges = whole.picked(2, {9: 3.0, 7: 0.5, 4: 1.0})
     # The third is a filler: weight zero where it was kept.
-    assert index.tolist() == [0, 1, 6, 7, 8, 9]
+    assert ranges == [(0, 2), (6, 10)]
     assert (positions.set_index, positions.sizes, positions.slots) == (2, [2, 4], [7, 9])
     assert positions.position_weights.tolist() == [0.5] * 2 + [3.0] * 4 and positions.starts.tolist() == [0, 2]
-    assert whole.picked(0, {})[0].sizes == []
-    plain = make_positions(0, [[(2, 1.0, 0)]], torch.device("cpu"), torch.float64)
-    assert plain.picked(0, {0: 1.0})[1] is None
+    nothing, nowhere = whole.picked(0, {})
+    assert nothing.sizes == nowhere == []
+    assert whole.picked(0, {7: 1.0, 8: 1.0})[1] == [(0, 5)]
 
 
 def test_bfloat16_products_are_of_pairs_in_bfloat16(two_layers):
@@ -179,21 +184,50 @@ def test_nothing_is_left_behind(two_layers, tmp_path, monkeypatch, way):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_in_a_line(two_layers, monkeypatch):
-    class Full:
-        def seek(self, place):
-            pass
+class Broken:
+    """A file that fails after some writes, or reads, and again when it is closed."""
 
-        def write(self, data):
+    def __init__(self, writes, reads):
+        self.file = io.BytesIO()
+        self.left = {"write": writes, "readinto": reads}
+
+    def seek(self, place):
+        self.file.seek(place)
+
+    def _count(self, kind, data):
+        self.left[kind] -= 1
+        if self.left[kind] < 0:
             raise OSError(28, "No space left on device")
+        return getattr(self.file, kind)(data[: max(1, len(data) // 2)])  # a part at a time, as a system may
 
-        def close(self):
-            pass
+    def write(self, data):
+        return self._count("write", data)
 
-    monkeypatch.setattr(pairs.tempfile, "TemporaryFile", lambda prefix: Full())
-    with pytest.raises(UserError, match=r"^influence.pair_budget: .* has no room .*No space left.*TMPDIR") as caught:
+    def readinto(self, data):
+        return self._count("readinto", data)
+
+    def close(self):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(("writes", "reads"), [(0, 0), (300, 0), (10**9, 5)])
+def test_a_full_disk_is_said_in_a_line(two_layers, monkeypatch, writes, reads):
+    monkeypatch.setattr(pairs.tempfile, "TemporaryFile", lambda **options: Broken(writes, reads))
+    with pytest.raises(UserError, match=r"^influence.pair_budget: .* failed .*No space left.*TMPDIR") as caught:
         compute_influence(two_layers.model, two_layers.domains, two_layers.references, BASE, 0)
     assert "\n" not in str(caught.value)
+
+
+def test_no_result_is_lost_with_its_file(two_layers, monkeypatch):
+    expected = computed(two_layers, BASE)[0].matrix
+    monkeypatch.setattr(pairs.tempfile, "TemporaryFile", lambda **options: Broken(10**9, 10**9))
+    assert difference(computed(two_layers, BASE)[0].matrix, expected) < EXACT
+
+
+def test_files_in_memory_are_not_taken_by_default(tmp_path, monkeypatch):
+    assert not pairs._in_memory("/proc/self") and pairs._in_memory("/dev/shm/a/b")
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    assert room_for_pairs(None, on_gpu=False) == 0 < room_for_pairs(1, on_gpu=False)
 
 
 def test_half_of_the_free_disk_at_most(two_layers, monkeypatch):
@@ -205,6 +239,7 @@ def test_half_of_the_free_disk_at_most(two_layers, monkeypatch):
     assert 0 < computed(two_layers, BASE)[2] <= size / 10
 
 
-def test_none_on_a_gpu_unless_asked_for():
+def test_none_on_a_gpu_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(pairs, "_in_memory", lambda folder: False)
     assert room_for_pairs(None, on_gpu=True) == 0 < room_for_pairs(None, on_gpu=False)
     assert room_for_pairs(3, on_gpu=True) == room_for_pairs(3, on_gpu=False) == 3e9
