@@ -13,12 +13,16 @@ from torch.distributed.fsdp import fully_shard
 
 from ideal.influence import Influence, InfluenceConfig, compute_influence, engine, statistics
 
-BASE = InfluenceConfig(sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11)
+BASE = InfluenceConfig(
+    sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11, pair_budget=1
+)
 CASES = {
     "ekfac": BASE,
     "ragged": replace(BASE, batch_size=1, error_sequences=5, factors="kfac"),
     "partitions": replace(BASE, memory_budget=40e-6),
     "small budget": replace(BASE, memory_budget=50e-6),
+    "few pairs": replace(BASE, pair_budget=50e-6),
+    "no pairs": replace(BASE, pair_budget=0),
     "sampled": replace(BASE, fisher="sampled"),
     "diagonal": replace(BASE, factors="diagonal"),
     "kept": replace(BASE, keep_layers=0.6),
