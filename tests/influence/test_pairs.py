@@ -82,7 +82,7 @@ CASES = {
     "turns": replace(BASE, memory_budget=92e-6),
     "parts": replace(BASE, memory_budget=30e-6),
     "auto": replace(BASE, sample_fraction="auto"),
-    "joint": replace(BASE, solver="cg", solver_iterations=3),
+    "joint": replace(BASE, solver="cg", solver_iterations=1, layers=["*.down_proj"]),
 }
 
 
