@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from multiprocessing import get_context
@@ -151,6 +153,21 @@ def test_disk_of_kept_pairs(influence, tmp_path, monkeypatch):
     monkeypatch.setattr(KeptPairs, "_forget", lambda self: (sizes.append(getattr(self, "end", 0)), forget(self))[1])
     peaks.run_influence(task, peaks.make_model(task.model, tmp_path / "model"), tmp_path)
     assert planned(task, 1).disk["pairs of sequences"] == max(sizes) > 0
+
+
+def test_disk_of_kept_pairs_is_no_more_than_may_be_taken(monkeypatch):
+    key = "pairs of sequences"
+    whole = tiny_plan(influence__pair_budget=1).disk[key]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage(8 * whole, 7 * whole, whole))
+    assert whole / 4 < tiny_plan(influence__pair_budget=1).disk[key] <= whole / 2
+    # On a GPU as much as was asked for: nothing unless it was.
+    assert tiny_plan(machine=DEVICES["h100"], influence__pair_budget=1).disk[key] == whole
+    assert key not in tiny_plan(machine=DEVICES["h100"]).disk
+    # auto may keep them all: 2 domains of 40 and 1 reference set of 40, 63 positions each.
+    auto = tiny_plan(influence__sample_fraction="auto", influence__pair_budget=1, machine=DEVICES["h100"]).disk[key]
+    per_position = 4 * 4 * (2 * peaks.TINY["hidden_size"] + 3 * peaks.TINY["intermediate_size"])
+    assert auto >= 80 * 63 * per_position
 
 
 # The footprint, against sums by hand

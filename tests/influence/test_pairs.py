@@ -14,7 +14,9 @@ from tiny import World, difference, make_world
 
 from ideal.errors import UserError
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, pairs
+from ideal.influence.layers import Group
 from ideal.influence.pairs import KeptPairs, room_for_pairs
+from ideal.influence.samples import SequenceSet
 from ideal.influence.statistics import Tracker, make_positions
 
 EXACT = 1e-10
@@ -104,7 +106,15 @@ def test_the_same_with_fewer_passes(two_layers, case):
             assert found.first_position_share[layer] == pytest.approx(share, rel=EXACT)
 
 
-def test_every_sequence_goes_through_the_model_once(two_layers):
+@pytest.mark.parametrize("case", ["ekfac", "few eigenvalues", "kfac", "turns"])
+def test_a_sequence_goes_through_the_model_once(two_layers, case):
+    """Whether it serves covariances, eigenvalues, gradients, errors or several of them."""
+    found, passed, _ = computed(two_layers, CASES[case])
+    assert (found.training_covariance != 0).any(), "no domain's errors were asked for"
+    assert passed == sum(found.sequences.values()) + sum(found.reference_sequences.values())
+
+
+def test_the_file_holds_all_that_is_needed_again(two_layers):
     config = replace(CASES["all for all"], sample_fraction=1.0)
     used = {
         name: int(((domain.counts > 0) & (domain.examples.trained_tokens > 0)).sum())
@@ -237,6 +247,26 @@ def test_half_of_the_free_disk_at_most(two_layers, monkeypatch):
     assert 0 < computed(two_layers, BASE)[2] <= size / 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     assert 0 < computed(two_layers, BASE)[2] <= size / 10
+
+
+def test_quantised_layers_hand_on_floats():
+    """Their weights are bytes; rounding pairs to these would destroy them."""
+    layer = torch.nn.Linear(3, 2)
+    layer.weight = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.uint8), requires_grad=False)
+    kept = KeptPairs({"a": 0}, 1e9, None)
+    group = Group("a", {"a": layer})
+    rows = SequenceSet("set", None, np.array([0]), np.ones(1), 1.0, 1, np.array([0]))
+    kept.keys, x, d = [pairs._key(rows)], torch.randn(4, 3), torch.randn(4, 2)
+    kept.add(group, x, {"a": d}, make_positions(0, [[(4, 1.0, 0)]], x.device, x.dtype))
+    seen = []
+
+    class Seen:
+        def add(self, group, x_NI, outputs, positions):
+            seen.append((x_NI, outputs["a"]))
+
+    assert len(list(kept.replay([rows], [Seen()], x.device))) == 1
+    assert torch.equal(seen[0][0], x) and torch.equal(seen[0][1], d)
+    kept.close()
 
 
 def test_none_on_a_gpu_unless_asked_for(monkeypatch):
