@@ -83,6 +83,7 @@ CASES = {
     "half of the layers": replace(BASE, keep_layers=0.5),
     "turns": replace(BASE, memory_budget=92e-6),
     "parts": replace(BASE, memory_budget=30e-6),
+    "sampled, no errors": replace(BASE, fisher="sampled", error_sequences=0),
     "auto": replace(BASE, sample_fraction="auto"),
     "joint": replace(BASE, solver="cg", solver_iterations=1, layers=["*.down_proj"]),
 }
@@ -247,6 +248,18 @@ def test_half_of_the_free_disk_at_most(two_layers, monkeypatch):
     assert 0 < computed(two_layers, BASE)[2] <= size / 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     assert 0 < computed(two_layers, BASE)[2] <= size / 10
+
+
+def test_pairs_of_other_layers_or_labels_are_not_taken(two_layers):
+    layers = {name: torch.nn.Linear(3, 2) for name in ("gate", "up")}
+    both = Group("gate", layers)
+    domain = next(iter(two_layers.domains.values()))
+    rows = SequenceSet("set", domain.examples, np.arange(4), np.ones(4), 1.0, 4, np.arange(4))
+    kept = KeptPairs({"gate": 0}, 1e9, None)
+    assert len(kept.admit([both], [rows], [rows], False)[0][0].rows) == 4
+    for groups, drawn, here in [([both], False, 4), ([both], True, 0), ([both.only({"gate"})], False, 0)]:
+        found, others = kept.split(groups, [rows], drawn)
+        assert (len(found[0].rows), len(others[0].rows)) == (here, 4 - here)
 
 
 def test_quantised_layers_hand_on_floats():
