@@ -96,12 +96,15 @@ class KeptPairs:
         self._forget()
 
     def _forget(self) -> None:
+        # Of which layers the pairs are, and whether of drawn labels; of which sequences, on all ranks.
         self.of: tuple[object, bool] | None = None
         self.slots: dict[_Key, np.ndarray] = {}
         self.steps: list[_Step] = []
+        # Of the pass that is being kept: its sets, its latest batch, and where that has no fillers.
         self.keys: list[_Key] = []
         self.step_of: Positions | None = None
         self.ranges: list[tuple[int, int]] = []
+        # Bytes: admitted at the rank that writes most, and written here.
         self.used = 0.0
         self.end = 0
 
