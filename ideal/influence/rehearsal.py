@@ -124,7 +124,9 @@ class _RehearsedEngine(_Engine):
     ) -> dict[str, Tensor]:
         """At worst all sequences are taken, and have been kept for the curvature."""
         self._domain_pass(part, directions, self._take(self._available()), "")
-        self.passes.pairs.admit(part, self.pools, self.pools, self.config.fisher == "sampled")
+        drawn = self.config.fisher == "sampled"
+        _, rest = self.passes.pairs.split(part, self.pools, drawn)
+        self.passes.pairs.admit(part, rest, rest, drawn)
         return directions
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
