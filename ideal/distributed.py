@@ -83,10 +83,13 @@ def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
     return tensor
 
 
-def exchange(tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
-    """Sends `tensors[r]` (flat) to every rank r; returns what the ranks sent here, `counts[r]` numbers from r."""
-    sent = torch.cat(tensors)
-    received = sent.new_empty(sum(counts))
+def exchange(tensors: list[list[torch.Tensor]], counts: list[int], like: torch.Tensor) -> list[torch.Tensor]:
+    """Sends `tensors[r]` to every rank r; returns what the ranks sent here, `counts[r]` numbers from r, flat.
+
+    like: of the data type and on the device of all of them.
+    """
+    sent = torch.cat([like.new_empty(0), *(tensor.flatten() for to_one in tensors for tensor in to_one)])
+    received = like.new_empty(sum(counts))
     if _rehearsed is not None:
         return list(received.split(counts))
     # As bytes, since gloo does not know every data type.
@@ -95,7 +98,7 @@ def exchange(tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tenso
         received.view(torch.uint8),
         sent.view(torch.uint8),
         [count * size for count in counts],
-        [len(tensor) * size for tensor in tensors],
+        [sum(tensor.numel() for tensor in to_one) * size for to_one in tensors],
     )
     return list(received.split(counts))
 

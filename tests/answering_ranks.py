@@ -1,8 +1,6 @@
-"""Run by torchrun from test_answering.py: answers and likelihoods on two ranks, of a whole and of a sharded model."""
+"""Ranks of test_answering.py: answers and likelihoods on two ranks, of a whole and of a sharded model."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -33,7 +31,7 @@ def adapted(model: LlamaForCausalLM) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)).double()
 
 
-def main(folder: Path) -> None:
+def on_rank(folder: Path) -> None:
     dist.init_process_group("gloo")
     cases = json.loads((folder / "cases.json").read_text())
     found = {}
@@ -48,9 +46,3 @@ def main(folder: Path) -> None:
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

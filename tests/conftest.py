@@ -8,7 +8,7 @@ import pytest
 
 # Before torch and datasets are imported, here and in the processes that tests start.
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", PYTHONPATH=str(Path(__file__).parents[1]))
 
 # The same examples in every run, and no deadline: others may use the machine too.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)

@@ -1,10 +1,8 @@
-"""Inner loops on tiny models, for test_training.py: in its own process, and on two ranks by torchrun.
+"""Inner loops on tiny models, for test_training.py: in its own process, and on two ranks.
 
 Every case is in float64, so that what is the same mathematically differs by rounding of 1e-15 alone.
 """
 
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +192,7 @@ def ranks_drift_apart(models: Path, out: Path) -> str:
     return ""
 
 
-def main(models: Path, out: Path) -> None:
+def on_rank(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
     # As the loop does: the process group is there before the first evaluation.
     training_arguments(TrainConfig(2, {"use_cpu": True, "per_device_train_batch_size": 1}), out, 0)
@@ -203,8 +201,3 @@ def main(models: Path, out: Path) -> None:
     torch.save(found, out / f"rank{rank()}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

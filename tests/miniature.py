@@ -1,7 +1,7 @@
 """Whole runs in seconds, for test_loop.py and test_cli.py: three small domains in three formats.
 
 The model is the demo's. Runs go through main.py's own block, in this process (torch is imported
-already) or in real ones, as a person starts them.
+already), on two ranks of their own, or as a person starts them.
 """
 
 import csv
@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from ideal.cli import main as ideal_main
@@ -87,19 +88,33 @@ def run(data: Path, output: Path, **more: Any) -> int:
     return ideal_main(ARGUMENTS, arguments(data, output, **more))
 
 
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves out of runs in this process what takes long and is tested elsewhere: the report's figures."""
+def quick(monkeypatch: pytest.MonkeyPatch, *, plan: bool = False) -> None:
+    """Leaves out of runs in this process what takes long and is tested elsewhere: the report's figures, and the plan.
+
+    plan: whether it is wanted all the same.
+    """
     monkeypatch.setattr("ideal.loop.render_report", lambda folder: folder / "report.html")
+    if not plan:
+        monkeypatch.setattr("ideal.cli.what_it_takes", lambda config, sizes: "")
     gc.freeze()  # the imported libraries: the loop collects after each model
 
 
+def run_on_ranks(data: Path, output: Path, **more: Any) -> processes.Done:
+    """A run on two ranks."""
+    return processes.attempt(_run_and_exit, arguments(data, output, **more), ranks=2)
+
+
+def _run_and_exit(words: list[str]) -> None:
+    sys.exit(ideal_main(ARGUMENTS, words))
+
+
 def python() -> list[str]:
-    """One real process."""
+    """One process, as a person starts it."""
     return [sys.executable, str(ROOT / "main.py")]
 
 
 def torchrun() -> list[str]:
-    """Two real processes."""
+    """Two processes, as a person starts them."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return [*launcher, str(ROOT / "main.py")]
 

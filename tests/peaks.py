@@ -1,14 +1,13 @@
-"""Measured peaks for test_plan.py: one phase in processes of its own, alone or under torchrun.
+"""Measured peaks for test_plan.py: one phase in processes of its own, alone or as ranks.
 
 What is measured is resident memory as the kernel keeps it (VmHWM; ru_maxrss would start at the parent's, which
 survives exec). The base that is subtracted is the same phase of the same program with a model of almost nothing,
-just before: interpreter, libraries (many load at first use), threads, process group. The mmap threshold is fixed
-(MALLOC_MMAP_THRESHOLD_): glibc raises it by itself up to 32 MB as blocks are freed, and then keeps freed tensors.
+just before: interpreter, libraries (many load at first use), threads, process group. The mmap threshold is fixed:
+glibc raises it by itself up to 32 MB as blocks are freed, and then keeps freed tensors.
 """
 
+import ctypes
 import json
-import os
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,8 @@ from ideal.mixture import build_mixture
 from ideal.model import ModelConfig, shard
 from ideal.training import TrainConfig, train, training_arguments
 
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 65536
+"""Of mallopt(3)."""
 TINY = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "num_key_value_heads": 1, "vocab_size": 512}  # fmt: skip
 MASKED = 4
@@ -127,8 +127,9 @@ def resident(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def main(phase: str, out: Path) -> None:
+def on_rank(phase: str, out: Path) -> None:
     """Writes {"base", "peak", "seconds", "phases"} of this rank to `out`."""
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
     torch.set_num_threads(1)
     task = Task(**json.loads((out / "task.json").read_text()))
     training_arguments(task.train, out / "checkpoints", 0)  # starts the process group, as the loop does
@@ -142,10 +143,3 @@ def main(phase: str, out: Path) -> None:
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-        # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-        os._exit(0)
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main(sys.argv[1], Path(sys.argv[2]))

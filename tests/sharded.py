@@ -1,8 +1,6 @@
-"""Run by torchrun from test_evaluation.py: losses of a sharded model, with sets that do not go around."""
+"""Ranks of test_evaluation.py: losses of a sharded model, with sets that do not go around."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import inner_loops
@@ -15,7 +13,7 @@ from ideal.evaluation import EvaluationConfig, evaluate
 from ideal.model import shard
 
 
-def main(folder: Path) -> None:
+def on_rank(folder: Path) -> None:
     dist.init_process_group("gloo")
     model = LlamaForCausalLM.from_pretrained(folder / "model").eval()
     shard(model, torch.device("cpu"))
@@ -25,9 +23,3 @@ def main(folder: Path) -> None:
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
-    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
-"""Rounds for controllers, and whole steered inner loops: in this process, and on two ranks by torchrun."""
+"""Rounds for controllers, and whole steered inner loops: in this process, and on two ranks."""
 
 import json
-import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -97,7 +95,7 @@ def run_steered(
     return weights, outcomes[0]
 
 
-def main(models: Path, out: Path) -> None:
+def on_rank(models: Path, out: Path) -> None:
     torch.set_num_threads(1)
     training_arguments(TrainConfig(2, {"use_cpu": True, "per_device_train_batch_size": 1}), out, 0)
     for name, make in CONTROLLERS.items():
@@ -108,8 +106,3 @@ def main(models: Path, out: Path) -> None:
             (out / f"{name}{per_device}.rank{rank()}.json").write_text(json.dumps(outcome.observed))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,12 +1,10 @@
 """Answers and likelihoods against one row at a time, without cache, padding or `generate`; one rank and two."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
+import answering_ranks
+import processes
 import pytest
 import torch
 from answering_ranks import END, MOST, PAD, adapted, measured
@@ -108,11 +106,7 @@ def test_two_ranks_give_the_same(model, cases, tmp_path):
     """Also where they share the weights, and so take part in each other's forward passes."""
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "cases.json").write_text(json.dumps(cases))
-    script = Path(__file__).with_name("answering_ranks.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run(answering_ranks.on_rank, tmp_path, ranks=2)
     plain = expected(model, cases)
     changed = expected(adapted(LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float64)), cases)
     assert changed["answers"] != plain["answers"]

@@ -13,7 +13,7 @@ import miniature
 import numpy as np
 import psutil
 import pytest
-from miniature import arguments, files, python, read, run, start, torchrun
+from miniature import arguments, files, python, read, run, run_on_ranks
 
 from ideal.compare import stage as compare
 from ideal.config import dump, flat, read_command
@@ -208,7 +208,7 @@ def test_another_configuration_is_refused_before_anything_runs(finished, data, c
 
 def test_two_processes_give_the_same(finished, data, tmp_path):
     one = {**COMPARED, "compare__methods": "[odm]", "compare__seeds": f"[{SEEDS[0]}]"}
-    done = start(torchrun() + arguments(data, tmp_path / "two", **one))
+    done = run_on_ranks(data, tmp_path / "two", **one)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("compare: 2 methods x 1 seeds") == 1
     for name in ("joint", "odm"):

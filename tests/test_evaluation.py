@@ -1,14 +1,12 @@
 """Losses: summed token loss / trained tokens, whatever the batches; Q as their weighted mean."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import inner_loops
+import processes
 import pytest
+import sharded
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -68,11 +66,7 @@ def test_evaluation_leaves_the_model_as_it_was(model):
 def test_sharded_model_has_the_same_losses(model, tmp_path):
     """Two ranks take part in each other's forward passes to the end, also where one has a batch less."""
     model.save_pretrained(tmp_path / "model")
-    script = Path(__file__).with_name("sharded.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    processes.run(sharded.on_rank, tmp_path, ranks=2)
     sets = inner_loops.make_pools()
     assert any(len(examples) % 2 for examples in sets.values()), "some set must be uneven"
     expected = evaluate(model, sets, EvaluationConfig(8), pad_id=0, description="")

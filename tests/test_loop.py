@@ -18,7 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
-from miniature import DOMAINS, POOL, arguments, files, python, read, run, start, torchrun
+from miniature import DOMAINS, POOL, arguments, files, python, read, run, run_on_ranks, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ideal import training
@@ -178,7 +178,7 @@ def test_export_holds_the_final_mixture(finished):
 
 def test_the_same_command_again_changes_nothing(finished, data):
     before = {k: v for k, v in files(finished).items() if k != "config.yaml"}
-    done = start(torchrun() + arguments(data, finished, **FIXED))
+    done = run_on_ranks(data, finished, **FIXED)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("this run is finished") == 1
     assert {k: v for k, v in files(finished).items() if k != "config.yaml"} == before
@@ -384,7 +384,7 @@ def test_continue_on_two_processes(data, tmp_path, quick):
     """Optimizer and schedule go on there as on one."""
     few = {**STILL, "mixing__max_change": 0.3, "train__num_train_epochs": 2, "train__logging_steps": 1}
     few["train__per_device_train_batch_size"] = 4
-    done = start(torchrun() + arguments(data, tmp_path / "two", **few))
+    done = run_on_ranks(data, tmp_path / "two", **few)
     assert done.returncode == 0, done.stderr[-2000:]
     assert run(data, tmp_path / "one", **few) == 0
     assert_same_run(tmp_path / "two", tmp_path / "one")
@@ -513,7 +513,8 @@ def test_methods_that_never_move(data, tmp_path, quick, method):
     assert read(tmp_path / "run/state.json")["finished"]
 
 
-def test_specific_tries_each_domain_alone(data, tmp_path, quick, capsys):
+def test_specific_tries_each_domain_alone(data, tmp_path, monkeypatch, capsys):
+    miniature.quick(monkeypatch, plan=True)
     few = {"data__max_examples": 16, "mixing__method": "specific"}
     assert run(data, tmp_path / "run", **few) == 0
     out = capsys.readouterr().out
@@ -566,7 +567,9 @@ def test_loss_starts_from_the_base_models_losses(data, tmp_path, quick):
     assert begun[0]["domains"] == first["domains"] != begun[1]["domains"]
 
 
-def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, quick, capsys, monkeypatch):
+def test_regmix_trains_short_proxies_and_keeps_the_last_round(data, tmp_path, capsys, monkeypatch):
+    miniature.quick(monkeypatch, plan=True)
+
     def worse_and_worse(run: Any, model: Any, description: str, number: int | None) -> dict[str, Any]:
         """Every proxy has a lower Q than the result, which is kept all the same."""
         return {**evaluate_model(run, model, description, number), "Q": float(number or 0)}

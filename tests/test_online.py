@@ -1,14 +1,12 @@
 """Steered inner loops on tiny models with real processes: the same whatever ranks, accumulation and kills."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import inner_loops
 import numpy as np
+import processes
 import pytest
 import steered
 import torch
@@ -42,13 +40,7 @@ def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.fixture(scope="module")
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("two_ranks")
-    script = Path(steered.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(
-        [*command, *map(str, (script, models, out))], capture_output=True, text=True, timeout=300, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run(steered.on_rank, models, out, ranks=2, timeout=300)
     return out
 
 

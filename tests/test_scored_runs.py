@@ -7,7 +7,7 @@ from typing import Any
 
 import miniature
 import pytest
-from miniature import DOMAINS, REFERENCE, TEST, arguments, read, run, start, torchrun
+from miniature import DOMAINS, REFERENCE, TEST, arguments, read, run, run_on_ranks
 
 from ideal.data import ScoredRow, ScoredSet
 from ideal.errors import UserError
@@ -75,7 +75,7 @@ def test_answers_are_kept_and_agree_with_the_scores(scored, data):
 
 
 def test_two_processes_give_the_same(scored, data, tmp_path):
-    done = start(torchrun() + arguments(data, tmp_path / "run", **ROUNDS, evaluation__choose_by="score"))
+    done = run_on_ranks(data, tmp_path / "run", **ROUNDS, evaluation__choose_by="score")
     assert done.returncode == 0, done.stderr[-3000:]
     assert answers(tmp_path / "run/base") == answers(scored / "base")
     assert evaluations(tmp_path / "run")[0]["reference_score"] == evaluations(scored)[0]["reference_score"]

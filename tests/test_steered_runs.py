@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from miniature import DOMAINS, arguments, read, run, start, torchrun
+from miniature import DOMAINS, read, run, run_on_ranks
 
 FEW = {"data__max_examples": 16, "train__num_train_epochs": 2, "mixing__rounds": 1}
 
@@ -96,7 +96,7 @@ def test_doge_refuses_sharded_weights(data, tmp_path, capsys):
 
 def test_doremi_on_two_processes(data, tmp_path, quick):
     """The whole of it, the reference model's losses included: as one process finds it, to float32's rounding."""
-    done = start(torchrun() + arguments(data, tmp_path / "two", **FEW, mixing__method="doremi"))
+    done = run_on_ranks(data, tmp_path / "two", **FEW, mixing__method="doremi")
     assert done.returncode == 0, done.stderr[-3000:]
     assert run(data, tmp_path / "one", **FEW, mixing__method="doremi") == 0
     one, two = (drawn(tmp_path / name, 1) for name in ("one", "two"))

@@ -4,13 +4,11 @@ What train() does is compared with plain autograd: a loop over rows, the summed 
 the round's constant.
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import inner_loops
+import processes
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,12 +54,7 @@ def one_process(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two real processes holds after each case."""
     out = tmp_path_factory.mktemp("two_ranks")
-    script = Path(inner_loops.__file__)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, *map(str, (script, models, out))]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes.run(inner_loops.on_rank, models, out, ranks=2)
     return [torch.load(out / f"rank{rank}.pt") for rank in range(2)]
 
 

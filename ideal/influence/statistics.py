@@ -416,10 +416,11 @@ class Tracker:
         """Hands the pairs that `loss` gives to the accumulators."""
         self.accumulators = accumulators
         loss.backward(retain_graph=retain_graph)
-        # Layers of a group that had no part in the loss keep it waiting.
-        for name in list(self.pending):
-            self._complete(self.group_of[name])
-        self._deliver()
+        with torch.no_grad():
+            # Layers of a group that had no part in the loss keep it waiting.
+            for name in list(self.pending):
+                self._complete(self.group_of[name])
+            self._deliver()
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Logits are computed where a label is trained, and nowhere else."""
@@ -465,28 +466,31 @@ class Tracker:
         """Sends the waiting pairs to their owners, and accumulates what arrives."""
         if not self.outbox:
             return
+        mine = [(group, pairs) for group, pairs in self.outbox if self.owners[group.name] == rank()]
         sent: list[list[Tensor]] = [[] for _ in range(world_size())]
         for group, pairs in self.outbox:
-            sent[self.owners[group.name]] += [tensor.flatten() for tensor in (pairs.x, *pairs.outputs.values())]
-        mine = [(group, pairs) for group, pairs in self.outbox if self.owners[group.name] == rank()]
+            if self.owners[group.name] != rank():
+                sent[self.owners[group.name]] += [pairs.x, *pairs.outputs.values()]
         width = sum(_width(group, pairs) for group, pairs in mine)
-        counts, like = [count * width for count in self.batch.positions.ranks], self.outbox[0][1].x
-        arrived = exchange([torch.cat(parts) if parts else like.new_empty(0) for parts in sent], counts)
+        counts = [0 if other == rank() else size * width for other, size in enumerate(self.batch.positions.ranks)]
+        arrived = exchange(sent, counts, self.outbox[0][1].x)
         self.outbox.clear()
         offsets = [0] * world_size()
         for group, pairs in mine:
             self._accumulate(group, self._unpack(arrived, offsets, group, pairs))
 
     def _unpack(self, arrived: list[Tensor], offsets: list[int], group: Group, pairs: _Pairs) -> _Pairs:
-        """All ranks' pairs of a group, laid end to end; moves the offsets on."""
-        widths = [group.width, *(group.outputs[name] for name in pairs.outputs)]
+        """All ranks' pairs of a group, with this rank's own, laid end to end; moves the offsets on."""
         tensors = []
-        for width in widths:
+        for own in (pairs.x, *pairs.outputs.values()):
             parts = []
             for number, count in enumerate(self.batch.positions.ranks):
+                if number == rank():
+                    parts.append(own)
+                    continue
                 start = offsets[number]
-                offsets[number] += count * width
-                parts.append(arrived[number][start : offsets[number]].view(count, width))
+                offsets[number] += own.shape[1] * count
+                parts.append(arrived[number][start : offsets[number]].view(count, own.shape[1]))
             tensors.append(torch.cat(parts))
         return _Pairs(tensors[0], dict(zip(pairs.outputs, tensors[1:], strict=True)))
 

@@ -1,10 +1,7 @@
-"""Run by torchrun from test_api.py: influence_of in scripts on two ranks; what each found, to a file."""
+"""Ranks of test_api.py: influence_of in scripts on two ranks; what each found, to a file."""
 
 import copy
 import faulthandler
-import os
-import sys
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -197,7 +194,7 @@ def mistakes(model: nn.Module, sets: Sets) -> dict[str, str]:
     }
 
 
-def main(folder: Path) -> None:
+def on_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     faulthandler.dump_traceback_later(180, exit=True)  # ranks that wait for each other say where
     dist.init_process_group("gloo")
@@ -216,14 +213,3 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    status = 1
-    try:
-        main(Path(sys.argv[1]))
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    # gloo under fully_shard now and then aborts or hangs while the interpreter shuts down, long after the work.
-    os._exit(status)

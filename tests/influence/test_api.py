@@ -1,15 +1,14 @@
 """influence_of from a training script: the right rows, and a script that does not notice."""
 
 import copy
-import os
 import random
 import re
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
+import api_ranks
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
@@ -304,11 +303,7 @@ def ranks(world, rows, tmp_path_factory):
     """What two real processes (gloo) found, by api_ranks.py."""
     folder = tmp_path_factory.mktemp("ranks")
     torch.save((world.model.state_dict(), *rows), folder / "world.pt")
-    script = Path(__file__).with_name("api_ranks.py")
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *launch], capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    processes.run(api_ranks.on_rank, folder, ranks=2)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -1,14 +1,12 @@
 """The whole matrix M against explicit dense computations, and what must not change it."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
+import two_ranks
 from tiny import (
     MLP,
     Rows,
@@ -341,26 +339,12 @@ def test_domain_outside_the_mixture_has_no_influence(world):
 
 def test_rows_of_other_ranks_are_added_up(world, tmp_path):
     """One process against two real ones (gloo), with ragged shares and with ranks that have nothing to do."""
-    from two_ranks import BASE, CASES, compute
-
     torch.save((world.model.state_dict(), world.domains, world.references), tmp_path / "world.pt")
-    script = Path(__file__).with_name("two_ranks.py")
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        script,
-        tmp_path,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    processes.run(two_ranks.on_rank, tmp_path, ranks=2)
     saved = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    for case in [*CASES, "posted", "sharded"]:
-        expected = compute(world, case if case in CASES else "ragged")
-        if CASES.get(case, BASE).memory_budget:
+    for case in [*two_ranks.CASES, "posted", "sharded"]:
+        expected = two_ranks.compute(world, case if case in two_ranks.CASES else "ragged")
+        if two_ranks.CASES.get(case, two_ranks.BASE).memory_budget:
             # Two owners may hold together what takes turns at one: other sequences tell a domain's errors then.
             assert difference(saved[0][case].matrix, expected.matrix) < EXACT
             assert difference(saved[0][case].reference_covariance, expected.reference_covariance) < EXACT

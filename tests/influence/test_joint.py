@@ -3,14 +3,12 @@
 Run by torchrun, this file is a rank of the test with two processes. Letters as in tiny.py; K right-hand sides.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import torch.distributed as dist
@@ -519,12 +517,14 @@ def test_diverged_model_is_refused():
 # Several processes
 
 
-def owned_solution(model: nn.Module, layers: dict[str, nn.Linear], batches: list[Slice], at_once: int) -> JointSolution:
+def owned_solution(
+    model: nn.Module, layers: dict[str, nn.Linear], batches: list[Slice], g: Tensor, at_once: int
+) -> JointSolution:
     """As `solved`, with the layers dealt out to two ranks and vectors at their owners alone."""
     owners = {name: 0 if number in (0, 3, 4) else 1 for number, name in enumerate(layers)}
     mine = [name for name in layers if owners[name] == dist.get_rank()]
     curvature, damping = preconditioner(layers)
-    gradients = split(torch.load(Path(sys.argv[1]) / "g.pt"), layers)
+    gradients = split(g, layers)
     with frozen(model):
         return solve_joint(
             model,
@@ -545,13 +545,8 @@ def test_two_processes_give_the_same(tmp_path):
     """Two real ranks (gloo), each with a batch of its own; the last time with parameters sharded by FSDP2."""
     model, layers = case("mlp")
     g = right_hand_sides(layers)
-    torch.save(g, tmp_path / "g.pt")
     expected, solution = solved(model, layers, some_batches(some_rows()), g, iterations=6)
-    script = Path(__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, tmp_path]
-    environment = {**os.environ, "PYTHONPATH": str(script.parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=240, env=environment)
-    assert done.returncode == 0, done.stderr
+    processes.run(on_rank, g, tmp_path, ranks=2)
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
     for one, other in zip(*ranks, strict=True):
         assert not one.solutions.keys() & other.solutions.keys()
@@ -561,22 +556,16 @@ def test_two_processes_give_the_same(tmp_path):
         np.testing.assert_allclose(one.residuals, solution.residuals, rtol=1e-9)
 
 
-def main(folder: Path) -> None:
+def on_rank(g: Tensor, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model, layers = case("mlp")
     batches = some_batches(some_rows())[dist.get_rank() :][:1]
-    found = [owned_solution(model, layers, batches, at_once) for at_once in (1, 3)]
+    found = [owned_solution(model, layers, batches, g, at_once) for at_once in (1, 3)]
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    found.append(owned_solution(model, layers, batches, 2))
+    found.append(owned_solution(model, layers, batches, g, 2))
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

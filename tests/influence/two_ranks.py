@@ -1,7 +1,5 @@
-"""Run by torchrun from test_engine.py: the same matrices on several ranks, each rank's result to a file."""
+"""Ranks of test_engine.py: the same matrices on several ranks, each rank's result to a file."""
 
-import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -37,7 +35,7 @@ def compute(world: World, case: str) -> Influence:
         return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
 
 
-def main(folder: Path) -> None:
+def on_rank(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     state, domains, references = torch.load(folder / "world.pt", weights_only=False)
@@ -55,9 +53,3 @@ def main(folder: Path) -> None:
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
-    # gloo under fully_shard now and then aborts while the interpreter shuts down, long after the work.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
