@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import Rows, layer_pairs, sequence_gradients, tiny_llama, toy_rows, weights_of
+from tiny import Rows, layer_pairs, sequence_gradients, summed_loss, tiny_llama, toy_rows, weights_of
 
 from ideal.errors import UserError
 from ideal.influence.layers import shared_inputs
@@ -96,6 +96,25 @@ def test_sums_are_those_of_a_loop_over_sequences(world, rows):
         )
         torch.testing.assert_close(found["rotated"][name], found["G"][name], rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(found["norms"][name], torch.stack([first, A.trace()]))
+
+
+def test_a_layer_without_a_part_in_the_loss(rows):
+    """Its group waits for it until the backward pass is over; what then comes brings no graph into the sums."""
+    model = tiny_llama(layers=2)
+    for block in model.model.layers:
+        mlp = block.mlp
+        mlp.forward = lambda x, mlp=mlp: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x).detach())
+    # Of one sequence: without padding its pairs are views of the model's own tensors.
+    found = gather(model, Rows(rows.rows[:1]))
+    used = [name for name in weights_of(model) if "up_proj" not in name]
+    gradients = torch.autograd.grad(
+        WEIGHTS[0] * summed_loss(model, rows.rows[:1]), [model.get_submodule(name).weight for name in used]
+    )
+    for name, gradient in zip(used, gradients, strict=True):
+        torch.testing.assert_close(found["G"][name][0], gradient, rtol=1e-11, atol=1e-12)
+    for sums in found.values():
+        assert not any(total.requires_grad for total in sums.values())
+    assert all((found["G"][name] == 0).all() for name in weights_of(model) if "up_proj" in name)
 
 
 def test_layers_that_read_the_same_tensor_share_a_group():
