@@ -121,7 +121,8 @@ def test_peak_of_the_joint_solver(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")
     task = random_task(seed)
-    task = replace(task, influence={**task.influence, "solver": "cg", "solver_iterations": 2})
+    few = {"domains": dict.fromkeys(task.domains, 4), "references": dict.fromkeys(task.references, 4)}
+    task = replace(task, **few, influence={**task.influence, "solver": "cg", "solver_iterations": 2})
     compare(task, "influence", 2, tmp_path / "out")
 
 
@@ -159,7 +160,7 @@ def test_disk_of_kept_pairs_is_no_more_than_may_be_taken(monkeypatch):
     assert key not in tiny_plan(machine=DEVICES["h100"]).disk
     # auto may keep all of 2 domains of 40, beside 32 reference rows for errors; 63 positions each.
     auto = tiny_plan(influence__sample_fraction="auto", influence__pair_budget=1, machine=DEVICES["h100"]).disk[key]
-    per_position = 4 * 4 * (2 * peaks.TINY["hidden_size"] + 3 * peaks.TINY["intermediate_size"])
+    per_position = 4 * BLOCKS * (2 * peaks.TINY["hidden_size"] + 3 * peaks.TINY["intermediate_size"])
     assert auto == (80 + 32) * 63 * per_position
 
 
@@ -211,17 +212,18 @@ def test_a_rehearsed_rank_is_one_of_many():
 # What the plan says
 
 
+BLOCKS = 2
 MLP = peaks.TINY["hidden_size"] * peaks.TINY["intermediate_size"]
 
 
-def block_weights() -> int:
-    """Weights of tiny_plan's four blocks, but for norms."""
+def block_weights(blocks: int = BLOCKS) -> int:
+    """Weights of tiny_plan's blocks, but for norms."""
     hidden, heads = peaks.TINY["hidden_size"], peaks.TINY["num_attention_heads"]
-    return 4 * (3 * MLP + 2 * hidden * (hidden + hidden // heads * peaks.TINY["num_key_value_heads"]))
+    return blocks * (3 * MLP + 2 * hidden * (hidden + hidden // heads * peaks.TINY["num_key_value_heads"]))
 
 
-def tiny_plan(processes: int = 1, machine: Machine | None = None, **keys: Any) -> Plan:
-    shape = LlamaConfig(**{**peaks.TINY, "num_hidden_layers": 4})
+def tiny_plan(processes: int = 1, machine: Machine | None = None, blocks: int = BLOCKS, **keys: Any) -> Plan:
+    shape = LlamaConfig(**{**peaks.TINY, "num_hidden_layers": blocks})
     rows = Counts(np.full(40, 64), np.full(40, 48))
     sizes = DataSizes({name: DomainSample(rows, np.ones(40, dtype=int)) for name in "ab"}, {"r": rows})
     tree = {"train": {"global_batch_size": 16, "per_device_train_batch_size": 4}}
@@ -245,17 +247,17 @@ def test_checkpointing_takes_fewer_activations_and_more_flops():
     frugal = tiny_plan(machine=DEVICES["h100"], train__gradient_checkpointing=True).phases[0]
     assert frugal.memory["activations"] < 0.7 * plain.memory["activations"]
     # The blocks' forward once more, but for down's: nothing needs its output.
-    assert frugal.work.wide - plain.work.wide == 2 * (block_weights() - 4 * MLP) * 15 * 16 * 64
+    assert frugal.work.wide - plain.work.wide == 2 * (block_weights() - BLOCKS * MLP) * 15 * 16 * 64
 
 
 def test_statistics_are_split_among_owners_and_parts():
     def held(plan: Plan) -> int:
         return max(p.memory.get("factors", 0) + p.memory.get("gradients", 0) for p in plan.outer)
 
-    whole = tiny_plan()
+    whole = tiny_plan(blocks=4)
     assert whole.outer_parts == (1, 1) and whole.at_once is None
-    assert held(tiny_plan(4)) == pytest.approx(held(whole) / 4, rel=0.25)
-    parts = tiny_plan(influence__memory_budget=held(whole) / 3 / 1e9, influence__pair_budget=0)
+    assert held(tiny_plan(4, blocks=4)) == pytest.approx(held(whole) / 4, rel=0.25)
+    parts = tiny_plan(blocks=4, influence__memory_budget=held(whole) / 3 / 1e9, influence__pair_budget=0)
     assert parts.outer_parts[0] > 1 and (parts.outer_parts[1] > 1 or parts.at_once)
     # The budget is for what is kept; the sums of a pass come and go in the same room.
     assert held(parts) <= 1.2 * held(whole) / 3
@@ -264,10 +266,10 @@ def test_statistics_are_split_among_owners_and_parts():
     assert parts.at_once == 1 and passes["domain gradients"] == 1 and passes["reference scores"] == 2
     # With its pairs kept it is not.
     budgets = {"influence__memory_budget": held(whole) / 3 / 1e9, "influence__pair_budget": 1}
-    kept = {phase.name: phase.passes for phase in tiny_plan(**budgets).outer}
+    kept = {phase.name: phase.passes for phase in tiny_plan(blocks=4, **budgets).outer}
     assert kept["reference scores"] == 1
     # Also where the domains' gradients come with the eigenvalues.
-    turns = tiny_plan(influence__memory_budget=0.9 * held(whole) / 1e9)
+    turns = tiny_plan(blocks=4, influence__memory_budget=0.9 * held(whole) / 1e9)
     assert turns.outer_parts == (1, 1) and turns.at_once == 2
     assert "domain gradients" not in [phase.name for phase in turns.outer]
     assert held(turns) <= 0.9 * held(whole)
@@ -289,13 +291,13 @@ def test_work_of_the_joint_solver_by_hand():
     tracked layers on top. Nothing changes before the first block's down projection, so no tangent is there."""
 
     def inverse(iterations: int) -> float:
-        keys = {"influence__solver": "cg", "influence__solver_iterations": iterations}
+        keys = {"influence__solver": "cg", "influence__solver_iterations": iterations, "blocks": 4}
         phases = tiny_plan(machine=DEVICES["h100"], **keys).outer
         return next(phase.work.wide for phase in phases if phase.name == "inverse")
 
     sequences, positions, trained = 64, 63, 48
     hidden, head = peaks.TINY["hidden_size"], peaks.TINY["hidden_size"] * peaks.TINY["vocab_size"]
-    blocks, tracked = block_weights(), 4 * 3 * MLP
+    blocks, tracked = block_weights(4), 4 * 3 * MLP
     silent = blocks // 4 - MLP
     of_blocks = 2 * blocks + 3 * (blocks - silent + blocks + 2 * tracked)
     # Attention in plain products: of two tensors 2, of two with their tangents 6.
