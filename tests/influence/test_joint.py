@@ -19,6 +19,7 @@ from tiny import (
     difference,
     ekfac_dense,
     factors,
+    logit_curvature,
     make_world,
     mean_gradients,
     padded,
@@ -84,10 +85,7 @@ def joint_dense(
         eye = torch.eye(logits.numel(), dtype=logits.dtype).view(-1, *logits.shape)
         parts = torch.autograd.grad(logits, tensors, eye, is_grads_batched=True)
         jacobian = torch.cat([part.flatten(1) for part in parts], dim=1)
-        p = logits.detach().softmax(-1)
-        # diag p - p p^T at each position by itself: as one block-diagonal matrix it took most of these tests' time.
-        middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-        dense += weight * jacobian.T @ (middle @ jacobian.view(*logits.shape, size)).flatten(0, 1)
+        dense += weight * logit_curvature(logits, jacobian)
     return dense
 
 

@@ -13,6 +13,7 @@ from tiny import (
     ekfac_dense,
     explicit_matrix,
     kfac_dense,
+    logit_curvature,
     make_world,
     mean_gradients,
     padded,
@@ -229,9 +230,7 @@ def joint_matrix(world, names, damping):
             eye = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
             jacobians = torch.autograd.grad(logits, list(weights.values()), eye, is_grads_batched=True)
             J = torch.cat([jacobian.flatten(1) for jacobian in jacobians], dim=1)
-            p = logits.detach().softmax(-1)
-            middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
-            H += count * J.T @ middle @ J / sum(tokens.values())
+            H += count * logit_curvature(logits, J) / sum(tokens.values())
     D = torch.cat([torch.full((w.numel(),), damping[name], dtype=torch.float64) for name, w in weights.items()])
     reference, domain = mean_gradients(world)
     joined = [torch.cat([found[name].flatten(1) for name in names], dim=1) for found in (reference, domain)]
