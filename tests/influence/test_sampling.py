@@ -243,7 +243,7 @@ def test_joint_solver_is_the_dense_joint_inverse(world, monkeypatch):
     monkeypatch.setattr("ideal.influence.engine.JOINT_RESIDUAL", 1e-9)
     names = [name for name in weights_of(world.model) if "down" in name or "up" in name]
     options = {"layers": ["*.up_proj", "*.down_proj"]}
-    found = influence(world, solver="cg", solver_iterations=2000, **options)
+    found = influence(world, solver="cg", solver_iterations=2000, batch_size=100, **options)
     damping = {name: 0.1 * float(matrix.trace()) / len(matrix) for name, matrix in ekfac_dense(world).items()}
     assert difference(found.matrix, joint_matrix(world, names, damping)) < 1e-6
     assert difference(found.matrix, influence(world, **options).matrix) > 0.05
