@@ -99,7 +99,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, *, plan: bool = False) -> None:
     gc.freeze()  # the imported libraries: the loop collects after each model
 
 
-def run_on_ranks(data: Path, output: Path, **more: Any) -> processes.Done:
+def run_on_ranks(data: Path, output: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
     """A run on two ranks."""
     return processes.attempt(_run_and_exit, arguments(data, output, **more), ranks=2)
 

@@ -9,27 +9,23 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 CONTEXT = get_context("forkserver")
 CONTEXT.set_forkserver_preload(["ideal.cli", "transformers.models.llama.modeling_llama"])
 
 
-@dataclass(frozen=True)
-class Done:
-    """What came of it: the first exit status that is not zero, and what all processes wrote."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def attempt(function: Callable[..., object], *arguments: Any, ranks: int | None = None, timeout: float = 240) -> Done:
+def attempt(
+    function: Callable[..., object], *arguments: Any, ranks: int | None = None, timeout: float = 240
+) -> "CompletedProcess[str]":
     """Calls a module's function in a process, or as torchrun does in `ranks` of them: one that fails ends the others.
+
+    Returns:
+        The first exit status that is not zero, and what all processes wrote.
 
     Raises:
         TimeoutError: it took longer than `timeout` seconds.
@@ -51,7 +47,7 @@ def attempt(function: Callable[..., object], *arguments: Any, ranks: int | None 
             for process in started:
                 process.kill()
                 process.join()
-        return Done(status, *(path.read_text() for path in outputs))
+        return CompletedProcess([function, *arguments], status, *(path.read_text() for path in outputs))
 
 
 def run(function: Callable[..., object], *arguments: Any, ranks: int | None = None, timeout: float = 240) -> None:
