@@ -31,6 +31,10 @@ class InfluenceConfig:
     factor_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
     joint solver), and 48 positions for each dimension of the widest layer, or all."""
+    sketch_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
+    what they give is as right on average, and worth more than all positions of so many fewer sequences. At least 24
+    sums for each dimension of the widest layer. 1: every position stands alone."""
     eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
     all. All cost nothing where the pass for the gradients gives them too: with the examples' own labels and all

@@ -5,7 +5,7 @@ statistics.py. Suffixes: n domains, I in, O out.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -18,8 +18,17 @@ from ideal.influence.ekfac import Curvature, damped, eigenbasis, kfac_eigenvalue
 from ideal.influence.layers import Group
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
-from ideal.influence.samples import SequenceSet
-from ideal.influence.statistics import Accumulator, Eigenvalues, InputCovariance, InputNorms, OutputCovariance
+from ideal.influence.samples import SequenceSet, how_many
+from ideal.influence.sketch import SUMS_PER_DIMENSION, Sketch, probes
+from ideal.influence.statistics import (
+    Accumulator,
+    Eigenvalues,
+    Gradients,
+    InputCovariance,
+    InputNorms,
+    OutputCovariance,
+    Traces,
+)
 from ideal.influence.storage import Store
 
 BASIS_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,10 +61,16 @@ class FirstPositions:
 class Curvatures:
     """H + D of every owned layer, from part of the domains' sequences."""
 
-    def __init__(self, passes: Passes, products: Products, store: Store, config: InfluenceConfig, total: float) -> None:
-        """total: T, the mixture's trained tokens, which the sequences' weights sum to."""
+    def __init__(
+        self, passes: Passes, products: Products, store: Store, config: InfluenceConfig, total: float, widest: int
+    ) -> None:
+        """Args:
+        total: T, the mixture's trained tokens, which the sequences' weights sum to.
+        widest: the largest dimension of a covariance.
+        """
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
+        self.widest = widest
 
     def estimate(
         self,
@@ -63,6 +78,7 @@ class Curvatures:
         factors: list[SequenceSet],
         corrected: list[SequenceSet],
         gradients: dict[str, Tensor] | None = None,
+        early: Collection[int] = (),
         label: str = "",
         again: Sequence[SequenceSet] = (),
     ) -> None:
@@ -71,28 +87,61 @@ class Curvatures:
         Args:
             factors: the covariances' sequences, [n], weighted so that they stand for the domains.
             corrected: the eigenvalues', likewise.
-            gradients: per owned layer [n, O, I]; takes up the sums of `corrected`'s gradients times their repeats.
+            gradients: per owned layer [n, O, I]; takes up sums of gradients times their repeats, those of
+                `factors` for the domains in `early`, and those of `corrected` for the others.
             again: sequences that these layers will need after this.
         """
         if self.config.factors == "identity":
             return
         bases: Bases = {name: (None, None) for group in self.passes.owned(part) for name in group.layers}
+        traces: list[Traces] = []
         if self.config.factors in ("ekfac", "kfac"):
+            if self.config.factors == "ekfac" and how_many(factors) > how_many(corrected):
+                traces = self._traces(part)
+            taking = [Gradients(gradients, self.products, early)] if gradients and early else []
             needed = [*corrected, *again] if self.config.factors == "ekfac" else again
-            bases = self._eigenbases(part, factors, label, needed)
+            bases = self._eigenbases(part, factors, [*traces[:1], *taking], label, needed)
+            for sums in (gradients or {}).values():
+                for number in early:
+                    sums[number] /= factors[number].scale or 1.0
         if self.config.factors in ("ekfac", "diagonal"):
-            self._correct_eigenvalues(part, corrected, bases, gradients, label, again)
+            late = set(range(len(corrected))).difference(early)
+            self._correct_eigenvalues(part, corrected, bases, gradients, late, traces, label, again)
+
+    def _traces(self, part: list[Group]) -> list[Traces]:
+        """For the covariances' sequences and for the eigenvalues'.
+
+        Few sequences tell the shape of the spectrum, but not its size: some gradients are so much larger than
+        others that a tenth of SmolLM2's sequences misses the trace by a quarter (docs/performance.md).
+        """
+        sizes = {name: size for group in self.passes.owned(part) for name, size in group.outputs.items()}
+        drawn = {
+            name: probes(name, size, self.passes.seed, self.passes.dtype, self.passes.device)
+            for name, size in sizes.items()
+        }
+        zero = torch.zeros((), dtype=torch.float64, device=self.passes.device)
+        return [Traces({name: zero.clone() for name in sizes}, drawn) for _ in range(2)]
 
     def _eigenbases(
-        self, part: list[Group], factors: list[SequenceSet], label: str, again: Sequence[SequenceSet]
+        self,
+        part: list[Group],
+        factors: list[SequenceSet],
+        beside: Sequence[Accumulator],
+        label: str,
+        again: Sequence[SequenceSet],
     ) -> Bases:
-        """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too."""
+        """Q_S and Q_A, which take the factors' place in memory; with K-FAC the eigenvalues too.
+
+        beside: what sees the same pass.
+        """
         zeros, owned = self.passes.zeros, self.passes.owned(part)
         inputs = {group.name: zeros(group.width, group.width) for group in owned}
         outputs = {name: zeros(size, size) for group in owned for name, size in group.outputs.items()}
+        sketch = self._sketch(factors)
         accumulators: list[Accumulator] = [
-            InputCovariance(inputs, self.products),
-            OutputCovariance(outputs, self.products),
+            InputCovariance(inputs, self.products, sketch),
+            OutputCovariance(outputs, self.products, sketch),
+            *beside,
         ]
         self._run("covariances", part, factors, accumulators, label, again)
         positions = sum(chosen.positions for chosen in factors)
@@ -112,6 +161,13 @@ class Curvatures:
                     self.store.put("eigenvalues", name, eigenvalues.to(self.passes.dtype))
         return bases
 
+    def _sketch(self, factors: list[SequenceSet]) -> Sketch:
+        """Of as many sums as the widest layer asks for, whatever the configuration says."""
+        positions = sum(float(chosen.examples.positions[chosen.rows].sum()) for chosen in factors)
+        least = SUMS_PER_DIMENSION * self.widest / max(positions, 1.0)
+        fraction = min(1.0, max(self.config.sketch_fraction, least))
+        return Sketch(fraction, [chosen.name for chosen in factors], self.passes.seed)
+
     def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:
         total /= positions
         if not bool(total.isfinite().all()):
@@ -126,21 +182,26 @@ class Curvatures:
         corrected: list[SequenceSet],
         bases: Bases,
         gradients: dict[str, Tensor] | None,
+        late: Collection[int],
+        traces: list[Traces],
         label: str,
         again: Sequence[SequenceSet],
     ) -> None:
-        """Lambda, and the gradients, which are rotated back."""
+        """Lambda, and the gradients of the domains in `late`, which are rotated back."""
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
-        accumulator = Eigenvalues(sums, bases, self.products, gradients)
-        self._run("eigenvalues", part, corrected, [accumulator], label, again)
+        accumulator = Eigenvalues(sums, bases, self.products, gradients, late)
+        self._run("eigenvalues", part, corrected, [accumulator, *traces[1:]], label, again)
         for name, total in _consumed(sums):
+            if traces:
+                known, here = (trace.sums[name] for trace in traces)
+                total *= torch.where(here > 0, known / here, 1.0).to(total.dtype)
             self.store.put("eigenvalues", name, total.div_(self.total))
         for name, rotated in (gradients or {}).items():
             basis_O, basis_I = bases[name]
             curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
-            for number, chosen in enumerate(corrected):
-                rotated[number] = curvature.rotate_back(rotated[number]) / (chosen.scale or 1.0)
+            for number in late:
+                rotated[number] = curvature.rotate_back(rotated[number]) / (corrected[number].scale or 1.0)
 
     def _run(
         self,

@@ -28,7 +28,7 @@ from ideal.influence.config import InfluenceConfig
 from ideal.influence.curvature import Curvatures
 from ideal.influence.ekfac import inner_products
 from ideal.influence.joint import JointSolution, solve_joint
-from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers
+from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers, widest
 from ideal.influence.matrix import fixed_form, objective, ratio_covariance
 from ideal.influence.passes import Passes
 from ideal.influence.result import Influence
@@ -40,6 +40,7 @@ from ideal.influence.samples import (
     SequenceSet,
     draw_domain,
     factor_parts,
+    how_many,
     picked_for_errors,
     whole_reference,
 )
@@ -177,7 +178,7 @@ class _Engine:
             raise UserError(
                 f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
             )
-        self.widest = max(max(group.width, *group.outputs.values()) for group in self.groups)
+        self.widest = widest(self.groups)
         self.total = sum(chosen.total for chosen in self.pools)
         self.shares = np.array([chosen.total / self.total for chosen in self.pools])
         self._choose_sequences()
@@ -198,23 +199,33 @@ class _Engine:
             basis_alone = config.factors == "ekfac" and config.solver == "direct"
             least = LEAST_SEQUENCES if basis_alone else FACTOR_SEQUENCES
             self.factors = factor_parts(self.pools, config.factor_fraction, self.widest, least)
-            self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
+            self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, LEAST_SEQUENCES)
+            if how_many(self.corrected) >= how_many(self.factors) or not basis_alone:
+                self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
             if config.factors == "diagonal" and config.solver == "direct":
                 self.factors = self.corrected  # there are no covariances
-        # With the examples' own labels the pass for the eigenvalues gives the gradients of its sequences too.
+        # With the examples' own labels the passes for the curvature give gradients too: of each domain those of
+        # its covariances' sequences or those of its eigenvalues', whichever are more (the others are among them).
         self.reuse = (
             config.factors in ("ekfac", "diagonal")
             and config.fisher == "empirical"
             and self.layout.holds_beside_curvature(len(self.pools))
         )
+        pairs = list(zip(self.factors, self.corrected, strict=True))
+        with_covariances = self.reuse and config.factors == "ekfac"
+        self.early = {
+            number
+            for number, (first, second) in enumerate(pairs)
+            if with_covariances and len(first.rows) > len(second.rows)
+        }
+        given = [first if number in self.early else second for number, (first, second) in enumerate(pairs)]
         self.rest = [
-            chosen.without(corrected) if self.reuse else chosen
-            for chosen, corrected in zip(self.training, self.corrected, strict=True)
+            chosen.without(there) if self.reuse else chosen for chosen, there in zip(self.training, given, strict=True)
         ]
 
     def run(self, store: Store) -> Influence:
         """All phases."""
-        self.curvatures = Curvatures(self.passes, self.products, store, self.config, self.total)
+        self.curvatures = Curvatures(self.passes, self.products, store, self.config, self.total, self.widest)
         self._pick_sequences()
         if self.reuse:
             self.gradients = self.passes.per_layer(self.groups, len(self.pools))
@@ -222,7 +233,13 @@ class _Engine:
             label = _label(number, self.layout.factor_parts)
             # No name of their own for the gradients: in turns they must be gone before the capabilities' come.
             self.curvatures.estimate(
-                part, self.factors, self.corrected, self.gradients if self.reuse else None, label, self._again()
+                part,
+                self.factors,
+                self.corrected,
+                self.gradients if self.reuse else None,
+                self.early,
+                label,
+                self._again(),
             )
         dropped = self.curvatures.least_important(self.groups)
         for number, part in enumerate(self.layout.gradient_parts):
@@ -506,8 +523,8 @@ class _Engine:
 
     def _say_how_certain(self, parts: np.ndarray, of_curvature: float) -> None:
         say(
-            f"influence: {sum(len(chosen.rows) for chosen in self.training):,} of {sum(self._available()):,} sequences,"
-            f" {sum(len(chosen.rows) for chosen in self.factors):,} for the curvature; alpha's relative error:"
+            f"influence: {how_many(self.training):,} of {sum(self._available()):,} sequences,"
+            f" {how_many(self.factors):,} for the curvature; alpha's relative error:"
             f" {math.sqrt(parts.sum()):.1%} from the sequences, {of_curvature:.1%} from the curvature"
         )
 
@@ -516,9 +533,9 @@ class _Engine:
 
     def _double_factors(self) -> bool:
         """Takes twice as many sequences for the curvature; whether there were more."""
-        before = sum(len(chosen.rows) for chosen in self.factors)
+        before = how_many(self.factors)
         self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest, 1)
-        return sum(len(chosen.rows) for chosen in self.factors) > before
+        return how_many(self.factors) > before
 
     def _take(self, wanted: list[int]) -> list[_Sample]:
         """Adds sequences to the domains', up to these numbers; the new ones alone, which nothing has scored yet."""

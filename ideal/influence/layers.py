@@ -123,6 +123,11 @@ def deal_out(groups: Sequence[Group], ranks: int) -> dict[str, int]:
     return owners
 
 
+def widest(groups: Sequence[Group]) -> int:
+    """The largest dimension of a covariance."""
+    return max(max(group.width, *group.outputs.values()) for group in groups)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes that one group's owner holds."""

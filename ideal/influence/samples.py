@@ -12,8 +12,8 @@ from ideal.seeding import generator
 LEAST_SEQUENCES = 32
 """A domain is never sampled down to fewer sequences than this."""
 FACTOR_SEQUENCES = 320
-"""Eigenvalues are estimated on so many sequences of each domain at least. With 32 of 100 for both, SmolLM2's matrix
-came out 1.25 times too large: few sequences fit a basis to themselves (docs/performance.md)."""
+"""Eigenvalues are estimated on so many sequences of each domain at least, where they alone tell the curvature's trace.
+With 32 of 100 for both, SmolLM2's matrix came out 1.25 times too large (docs/performance.md)."""
 POSITIONS_PER_DIMENSION = 48
 """Positions that a factor of k x k entries is estimated on, at least, as multiples of k. With 9 SmolLM2's matrix was up
 to 14% of its largest entry off, eigenvalues from all sequences (docs/performance.md)."""
@@ -138,6 +138,11 @@ def factor_parts(
         .rescaled()
         for chosen in training
     ]  # fmt: skip
+
+
+def how_many(sets: Sequence[SequenceSet]) -> int:
+    """Sequences in all of them."""
+    return sum(len(chosen.rows) for chosen in sets)
 
 
 def picked_for_errors(chosen: SequenceSet, rest: SequenceSet, wanted: int, kind: str, seed: int) -> SequenceSet:

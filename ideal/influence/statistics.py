@@ -9,7 +9,7 @@ Suffixes: B sequences of a batch, N their positions laid end to end (no padding)
 K directions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -112,8 +112,8 @@ def make_positions(
         weights=[weight for _, weight, _ in every],
         slots=[slot for _, _, slot in every],
         ranks=[sum(size for size, _, _ in sequences) for sequences in per_rank],
-        position_weights=_tensor(np.repeat(weights, lengths), device, dtype),
-        starts=_tensor(np.cumsum(lengths) - lengths, device),
+        position_weights=on_device(np.repeat(weights, lengths), device, dtype),
+        starts=on_device(np.cumsum(lengths) - lengths, device),
     )
 
 
@@ -141,17 +141,18 @@ def make_batch(
     valid = np.arange(padded) < np.asarray(sizes)[:, None]
     trained = np.flatnonzero(labels != -100)
     return Batch(
-        input_ids=_tensor(input_ids, device),
-        index=None if valid.all() else _tensor(np.flatnonzero(valid), device),
-        trained=_tensor(trained, device),
-        targets=_tensor(labels.reshape(-1)[trained], device),
-        label_weights=_tensor(np.asarray(weights)[trained // padded], device, dtype),
-        uniforms=None if uniforms is None else _tensor(np.concatenate(uniforms), device, torch.float64),
+        input_ids=on_device(input_ids, device),
+        index=None if valid.all() else on_device(np.flatnonzero(valid), device),
+        trained=on_device(trained, device),
+        targets=on_device(labels.reshape(-1)[trained], device),
+        label_weights=on_device(np.asarray(weights)[trained // padded], device, dtype),
+        uniforms=None if uniforms is None else on_device(np.concatenate(uniforms), device, torch.float64),
         positions=positions,
     )
 
 
-def _tensor(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+def on_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor of these numbers."""
     return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
 
 
@@ -199,27 +200,38 @@ class Accumulator(Protocol):
         """Adds a step's positions at the layers of a group: their input, and d_NO of each."""
 
 
+Sketch = Callable[[Tensor, Positions], tuple[Tensor, Positions]]
+"""Stands for the rows of a tensor [N, any] by fewer ones, and says whose these are."""
+
+
+def every_position(tensor: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
+    """Themselves."""
+    return tensor, positions
+
+
 class InputCovariance:
     """sum w x x^T per group, [I, I]; only the upper triangle is filled."""
 
-    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
-        self.sums, self.products = sums, products
+    def __init__(self, sums: dict[str, Tensor], products: Products, sketch: Sketch = every_position) -> None:
+        self.sums, self.products, self.sketch = sums, products, sketch
 
     def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
         """Adds a step's positions."""
+        x_NI, positions = self.sketch(x_NI, positions)
         self.products.add_square_(self.sums[group.name], x_NI, *positions.weighted(x_NI))
 
 
 class OutputCovariance:
     """sum w d d^T per layer, [O, O]; only the upper triangle is filled."""
 
-    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
-        self.sums, self.products = sums, products
+    def __init__(self, sums: dict[str, Tensor], products: Products, sketch: Sketch = every_position) -> None:
+        self.sums, self.products, self.sketch = sums, products, sketch
 
     def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
         """Adds a step's positions."""
         for name, d_NO in outputs.items():
-            self.products.add_square_(self.sums[name], d_NO, *positions.weighted(d_NO))
+            d_nO, rows = self.sketch(d_NO, positions)
+            self.products.add_square_(self.sums[name], d_nO, *rows.weighted(d_nO))
 
 
 class InputNorms:
@@ -235,14 +247,33 @@ class InputNorms:
         total += torch.stack([norms_N[positions.starts].sum(), norms_N.sum()])
 
 
+class Traces:
+    """An estimate of sum over sequences of w |G|^2 per layer, [], float64: the trace of the curvature."""
+
+    def __init__(self, sums: dict[str, Tensor], probes: Mapping[str, Tensor]) -> None:
+        """probes: per layer R [O, K] with E |R^T G|^2 = |G|^2."""
+        self.sums, self.probes = sums, probes
+
+    def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
+        """Adds a step's sequences."""
+        for name, d_NO in outputs.items():
+            probes_OK, total = self.probes[name], self.sums[name]
+            probed_NK, x_NI = d_NO.to(probes_OK.dtype) @ probes_OK, x_NI.to(probes_OK.dtype)
+            for (x, probed), weight in zip(positions.sequences(x_NI, probed_NK), positions.weights, strict=True):
+                total += weight * torch.linalg.vector_norm(probed.mT @ x, dtype=total.dtype).square()
+
+
 class Gradients:
     """sum w d x^T for each set and layer, [sets, O, I]."""
 
-    def __init__(self, sums: dict[str, Tensor], products: Products) -> None:
-        self.sums, self.products = sums, products
+    def __init__(self, sums: dict[str, Tensor], products: Products, of: Collection[int] | None = None) -> None:
+        """of: the sets; None: all."""
+        self.sums, self.products, self.of = sums, products, of
 
     def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
         """Adds a step's positions."""
+        if self.of is not None and positions.set_index not in self.of:
+            return
         weighted_NI, factor = positions.weighted(x_NI)
         for name, d_NO in outputs.items():
             self.products.add_(self.sums[name][positions.set_index], d_NO, weighted_NI, factor)
@@ -257,12 +288,14 @@ class Eigenvalues:
         bases: Mapping[str, tuple[Tensor | None, Tensor | None]],
         products: Products,
         gradients: dict[str, Tensor] | None = None,
+        of: Collection[int] = (),
     ) -> None:
         """Args:
         bases: per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity. Layers of a group share Q_A.
         gradients: per layer [sets, O, I]; takes up sum w Q_S^T G Q_A, which costs next to nothing here.
+        of: the sets for which it does.
         """
-        self.sums, self.products, self.gradients = sums, products, gradients
+        self.sums, self.products, self.gradients, self.of = sums, products, gradients, of
         self.bases = {
             name: (self.products.basis(basis_O), self.products.basis(basis_I))
             for name, (basis_O, basis_I) in bases.items()
@@ -277,7 +310,7 @@ class Eigenvalues:
             for (x, d), weight in zip(positions.sequences(x_NI, d_NO), positions.weights, strict=True):
                 gradient_OI = self.products.outer(d, x)
                 self.sums[name].addcmul_(gradient_OI, gradient_OI, value=weight)
-                if self.gradients is not None:
+                if self.gradients is not None and positions.set_index in self.of:
                     self.gradients[name][positions.set_index].add_(gradient_OI, alpha=weight)
 
 
@@ -319,10 +352,10 @@ class Scores:
                 gradients = torch.stack([self.products.outer(pairs[number][1], pairs[number][0]) for number in part])
                 found = (gradients.flatten(1) @ flat.mT).to(scores.dtype)
                 scores.index_add_(
-                    0, _tensor(np.array([positions.slots[number] for number in part]), scores.device), found
+                    0, on_device(np.array([positions.slots[number] for number in part]), scores.device), found
                 )
                 if self.streams is not None:
-                    weights = _tensor(
+                    weights = on_device(
                         np.array([positions.weights[number] for number in part]), scores.device, scores.dtype
                     )
                     self.streams[name][:, positions.set_index] += weights @ found

@@ -76,6 +76,7 @@ CASES = {
     "ekfac": BASE,
     "all for all": replace(BASE, factor_fraction=1.0, eigenvalue_fraction=1.0),
     "few eigenvalues": replace(BASE, factor_fraction=1.0, eigenvalue_fraction=0.3),
+    "sketch": replace(BASE, factor_fraction=1.0, eigenvalue_fraction=0.3, sketch_fraction=0.4),
     "kfac": replace(BASE, factors="kfac"),
     "diagonal": replace(BASE, factors="diagonal"),
     "sampled": replace(BASE, fisher="sampled"),

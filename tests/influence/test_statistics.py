@@ -55,7 +55,7 @@ def gather(model, rows, weights=WEIGHTS):
         "G": Gradients(zeros(model, lambda o, i: (1, o, i)), EXACTLY),
         "squares": Eigenvalues(
             zeros(model, lambda o, i: (o, i)), dict.fromkeys(weights_of(model), (None, None)), EXACTLY,
-            zeros(model, lambda o, i: (1, o, i)),
+            zeros(model, lambda o, i: (1, o, i)), of=[0],
         ),
         "norms": InputNorms(zeros(model, lambda o, i: (2,))),
     }  # fmt: skip

@@ -4,6 +4,7 @@ Everything explicit goes through autograd on the weights, one sequence at a time
 no sampling, no batch. Letters: R capabilities, n domains, O out, I in.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -197,15 +198,22 @@ def layer_pairs(model: nn.Module, row: dict[str, list[int]], name: str) -> tuple
     return seen["x"][0, :used], d[0, :used]
 
 
-def factors(world: World, name: str) -> tuple[Tensor, Tensor, float]:
+Sums = Callable[[str, int, int], Tensor]
+"""P [n, N] of a domain's row with N positions: what its covariances are made of is P x and P d."""
+
+
+def factors(world: World, name: str, sums: Sums | None = None) -> tuple[Tensor, Tensor, float]:
     """A [I, I], S [O, O] and the number of positions P, by a loop over all sequences of the mixture."""
     A, S, positions = torch.tensor(0.0), torch.tensor(0.0), 0.0
-    for domain in world.domains.values():
-        for row, count in counted(domain):
+    for kind, domain in world.domains.items():
+        for number, (row, count) in enumerate(counted(domain)):
             x, d = layer_pairs(world.model, row, name)
+            positions += count * len(x)
+            if sums and count:
+                P = sums(kind, number, len(x))
+                x, d = P @ x, P @ d
             A = A + count * sum(torch.outer(one, one) for one in x)
             S = S + count * sum(torch.outer(one, one) for one in d)
-            positions += count * len(x)
     return A / positions, S / positions, positions
 
 
@@ -236,16 +244,16 @@ def weighted_gradients(world: World, pattern: str = MLP) -> tuple[dict[str, Tens
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}, counts
 
 
-def ekfac_dense(world: World, bases_of: World | None = None) -> dict[str, Tensor]:
+def ekfac_dense(world: World, bases_of: World | None = None, sums: Sums | None = None) -> dict[str, Tensor]:
     """Per layer, EK-FAC's Hessian as a dense matrix [OI, OI] over the weight's entries, row by row.
 
-    Its eigenvectors are those of `bases_of`'s covariances, its eigenvalues the world's.
+    Its eigenvectors are those of `bases_of`'s covariances, of `sums` of its positions, its eigenvalues the world's.
     """
     total = sum(total_tokens(world).values())
     gradients, counts = weighted_gradients(world)
     dense = {}
     for name, g in gradients.items():
-        A, S, _ = factors(bases_of or world, name)
+        A, S, _ = factors(bases_of or world, name, sums)
         # The eigenvectors of S (x) A, as the columns of one big matrix.
         basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
         eigenvalues = (counts[:, None] * (g.flatten(1) @ basis) ** 2).sum(0) / total

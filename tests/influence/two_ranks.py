@@ -9,7 +9,7 @@ import torch.distributed as dist
 from tiny import World, tiny_llama
 from torch.distributed.fsdp import fully_shard
 
-from ideal.influence import Influence, InfluenceConfig, compute_influence, engine, statistics
+from ideal.influence import Influence, InfluenceConfig, compute_influence, curvature, engine, statistics
 
 BASE = InfluenceConfig(
     sample_fraction=0.95, factor_fraction=0.5, eigenvalue_fraction=0.8, error_sequences=11, pair_budget=1
@@ -23,6 +23,7 @@ CASES = {
     "no pairs": replace(BASE, pair_budget=0),
     "sampled": replace(BASE, fisher="sampled"),
     "diagonal": replace(BASE, factors="diagonal"),
+    "sketch": replace(BASE, factor_fraction=0.9, eigenvalue_fraction=0.3, sketch_fraction=0.4),
     "kept": replace(BASE, keep_layers=0.6),
     "auto": replace(BASE, sample_fraction="auto"),
     "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=8),
@@ -31,7 +32,10 @@ CASES = {
 
 
 def compute(world: World, case: str) -> Influence:
-    with patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8):
+    with (
+        patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
+        patch.object(curvature, "SUMS_PER_DIMENSION", 0),
+    ):
         return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
 
 
