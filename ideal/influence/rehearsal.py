@@ -291,7 +291,7 @@ class _RehearsedPasses(Passes):
             peak, work = self.known[key]
             self.footprint.passing(peak)
         else:
-            peak = self._largest(sets, accumulators, step)
+            peak = self._largest(kind, groups, sets, accumulators, step)
             work = self._all(kind, groups, sets, accumulators, step) if self.wants_work else Work()
             self.known[key] = peak, work
         self.footprint.work[phase] += work
@@ -315,13 +315,23 @@ class _RehearsedPasses(Passes):
         self.footprint.phase = before
 
     def _largest(
-        self, sets: Sequence[SequenceSet], accumulators: Sequence[Accumulator], step: "_Step"
+        self,
+        kind: str,
+        groups: Sequence[Group],
+        sets: Sequence[SequenceSet],
+        accumulators: Sequence[Accumulator],
+        step: "_Step",
     ) -> dict[str, int]:
         """Runs the steps that need most memory; bytes by kind."""
         phase, start = self.footprint.phase, self.footprint.now
         before = self.footprint.work[phase]
         for chosen in {_longest(sets, self.share), _most_scored(sets, accumulators, self.share)}:
+            self.footprint.work[phase] = Work()
             step(_alone(sets, chosen), accumulators)
+            if not _scoring_ones(accumulators):
+                # Where lengths are all alike this is the typical step too.
+                key = self._of_step(kind, groups, accumulators, _sizes(sets, chosen))
+                self.typical[key] = self.footprint.work[phase]
         self.footprint.work[phase] = before
         return self.footprint.peaks(start).get(phase, {})
 
@@ -335,21 +345,26 @@ class _RehearsedPasses(Passes):
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
         lengths = _lengths(sets)
-        plain = [accumulator for accumulator in accumulators if not isinstance(accumulator, Scores)]
-        number, places = _typical(sets, float(lengths.mean()), self.share)
-        sizes = sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
-        # Parts of the layers differ in what is summed, seldom in how long their sequences are.
-        key = kind, tuple(map(type, plain)), self._shapes(groups), tuple(sizes)
+        scoring = _scoring_ones(accumulators)
+        plain = [accumulator for accumulator in accumulators if accumulator not in scoring]
+        chosen = _typical(sets, float(lengths.mean()), self.share)
+        sizes = _sizes(sets, chosen)
+        key = self._of_step(kind, groups, plain, sizes)
         if key not in self.typical:
             before, self.footprint.phase = self.footprint.phase, TYPICAL
-            step(_alone(sets, (number, places)), plain)
+            step(_alone(sets, chosen), plain)
             self.footprint.phase = before
             self.typical[key] = self.footprint.work.pop(TYPICAL)
         work = self.typical[key].times(float(lengths.sum() / sizes.sum()), float((lengths**2).sum() / (sizes**2).sum()))
-        for accumulator in accumulators:
-            if isinstance(accumulator, Scores):
-                work += _scoring(accumulator, float(lengths.mean()), self.config.product_dtype == "bfloat16")
+        for accumulator in scoring:
+            work += _scoring(accumulator, float(lengths.mean()), self.config.product_dtype == "bfloat16")
         return work
+
+    def _of_step(
+        self, kind: str, groups: Sequence[Group], accumulators: Sequence[Accumulator], sizes: np.ndarray
+    ) -> object:
+        """What decides a step's work: parts of the layers differ in what is summed, seldom in how long it is."""
+        return kind, tuple(map(type, accumulators)), self._shapes(groups), tuple(np.sort(sizes))
 
     def _shapes(self, groups: Sequence[Group]) -> tuple[tuple[int, ...], ...]:
         """What decides how much a pass holds and computes at these layers."""
@@ -372,6 +387,16 @@ def _alone(sets: Sequence[SequenceSet], chosen: _Chosen) -> list[SequenceSet]:
     number, places = chosen
     nothing = np.zeros(0, dtype=np.int64)
     return [whole.part(np.array(places) if index == number else nothing) for index, whole in enumerate(sets)]
+
+
+def _sizes(sets: Sequence[SequenceSet], chosen: _Chosen) -> np.ndarray:
+    """Positions of the sequences that were chosen, as floats."""
+    number, places = chosen
+    return sets[number].examples.positions[sets[number].rows[list(places)]].astype(float)
+
+
+def _scoring_ones(accumulators: Sequence[Accumulator]) -> list[Scores]:
+    return [accumulator for accumulator in accumulators if isinstance(accumulator, Scores)]
 
 
 def _lengths(sets: Sequence[SequenceSet]) -> np.ndarray:
