@@ -33,12 +33,11 @@ class InfluenceConfig:
     joint solver), and 48 positions for each dimension of the widest layer, or all."""
     sketch_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
-    what they give is as right on average, and worth more than all positions of so many fewer sequences. At least 24
+    what they give is as right on average, and worth more than all positions of so many fewer sequences. At least 12
     sums for each dimension of the widest layer. 1: every position stands alone."""
-    eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
-    all. All cost nothing where the pass for the gradients gives them too: with the examples' own labels and all
-    layers' statistics in memory at once. Elsewhere they take a pass of their own."""
+    all; 32 where the covariances are estimated on more, which then tell the trace."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
     In a model with LoRA: the adapters' own layers in them."""

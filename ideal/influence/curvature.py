@@ -111,8 +111,8 @@ class Curvatures:
     def _traces(self, part: list[Group]) -> list[Traces]:
         """For the covariances' sequences and for the eigenvalues'.
 
-        Few sequences tell the shape of the spectrum, but not its size: some gradients are so much larger than
-        others that a tenth of SmolLM2's sequences misses the trace by a quarter (docs/performance.md).
+        Few sequences tell the shape of the spectrum better than its size, which scales the damped inverse: some
+        gradients are much larger than the others.
         """
         sizes = {name: size for group in self.passes.owned(part) for name, size in group.outputs.items()}
         drawn = {

@@ -18,7 +18,7 @@ from torch import Tensor
 from ideal.influence.statistics import Positions, make_positions, on_device
 from ideal.seeding import generator
 
-SUMS_PER_DIMENSION = 24
+SUMS_PER_DIMENSION = 12
 """Sums that a covariance of k x k entries is estimated on, at least, as multiples of k (docs/performance.md)."""
 PROBES = 16
 """Random vectors that traces are estimated with."""
