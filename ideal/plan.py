@@ -459,6 +459,7 @@ def _outer_step(
         processes,
         vocabulary=_vocabulary(model),
         pair_room=room if on_gpu else min(room, free_room(processes)),
+        on_gpu=on_gpu,
         timed=machine is not None,
     )
 

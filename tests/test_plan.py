@@ -285,6 +285,25 @@ def test_work_is_that_of_six_flops_per_weight_and_token():
     assert frozen.work.wide > 3.5 * block_weights() * 80 * 63
 
 
+def test_a_gpus_products_are_in_bfloat16_whatever_machine_plans_them(monkeypatch):
+    """On a processor without such instructions they would be float32, and four times as long."""
+    works = []
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=supported: answer)
+        keys = {"influence__product_dtype": "bfloat16", "influence__eigenvalue_fraction": 1.0}
+        plan = tiny_plan(machine=DEVICES["h100"], **keys)
+        works.append({phase.name: phase.work for phase in plan.outer})
+    assert works[0] == works[1]
+    plain = tiny_plan(machine=DEVICES["h100"], influence__eigenvalue_fraction=1.0).outer
+    by_name = {phase.name: phase.work for phase in plain}
+    # Rotations and outer products of 64 sequences of 63 positions, by hand.
+    hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
+    rotated = 2 * (hidden**2 + wide**2) + 2 * 2 * (wide**2) + 2 * hidden**2
+    expected = BLOCKS * 64 * 63 * (rotated + 3 * 2 * hidden * wide)
+    assert works[0]["eigenvalues"].narrow == pytest.approx(expected, rel=1e-6)
+    assert works[0]["eigenvalues"].wide == pytest.approx(by_name["eigenvalues"].wide - expected, rel=1e-6)
+
+
 def test_work_of_the_joint_solver_by_hand():
     """Each iteration: a forward pass for either solution, of one right-hand side (a capability) and of two (domains);
     for each of these three a tangent and a backward pass, with the direction's and the gradient's products at the

@@ -23,14 +23,19 @@ class Products:
     Suffixes: N positions, I in, O out.
     """
 
-    def __init__(self, dtype: torch.dtype, bf16: bool) -> None:
-        """dtype: of the sums, float32 or float64. bf16: round the inputs to bfloat16 where the hardware gains by it."""
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, bf16: bool, on_gpu: bool = False) -> None:
+        """Args:
+        dtype: of the sums, float32 or float64.
+        bf16: round the inputs to bfloat16 where the hardware gains by it.
+        on_gpu: take tensors in host memory for a GPU's, as a plan does.
+        """
+        self.dtype, self.on_gpu = dtype, on_gpu
         self.bf16 = bf16 and dtype == torch.float32
 
     def narrow(self, device: torch.device) -> bool:
         """Whether inputs on this device are rounded to bfloat16 tensors."""
-        return self.bf16 and (device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+        on_gpu = self.on_gpu or device.type != "cpu"
+        return self.bf16 and (on_gpu or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
     def add_(self, total: Tensor, left_NO: Tensor, right_NI: Tensor, factor: float) -> None:
         """total [O, I] += factor left^T right."""

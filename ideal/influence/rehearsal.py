@@ -23,6 +23,7 @@ from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
 from ideal.influence.pairs import Block, KeptPairs
 from ideal.influence.passes import Passes
+from ideal.influence.products import Products
 from ideal.influence.samples import SequenceSet
 from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen
 from ideal.influence.storage import Store
@@ -66,6 +67,7 @@ def rehearse(
     *,
     vocabulary: int,
     pair_room: float,
+    on_gpu: bool,
     timed: bool = True,
 ) -> Rehearsal:
     """Goes through all phases; call it inside `footprint.fake()`, with a model made there.
@@ -73,6 +75,7 @@ def rehearse(
     Args:
         vocabulary: entries of the last dimension of logits.
         pair_room: bytes of disk that pairs may take.
+        on_gpu: whether it will be one that multiplies bfloat16, whatever this machine is.
         timed: whether work is wanted too, which takes twice as long.
 
     Raises:
@@ -85,7 +88,7 @@ def rehearse(
         with rehearsed(busiest, ranks):
             weights = np.full(len(reference), 1 / len(reference))
             engine = _RehearsedEngine(model, groups, training, reference, config, 0, weights)
-            return engine.rehearse(vocabulary, pair_room, timed)
+            return engine.rehearse(vocabulary, pair_room, on_gpu, timed)
 
 
 def _busiest(groups: list[Group], config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> int:
@@ -103,12 +106,13 @@ class _RehearsedEngine(_Engine):
 
     passes: "_RehearsedPasses"
 
-    def rehearse(self, vocabulary: int, pair_room: float, timed: bool) -> Rehearsal:
+    def rehearse(self, vocabulary: int, pair_room: float, on_gpu: bool, timed: bool) -> Rehearsal:
         """All phases."""
         footprint = Footprint(lambda tensor: "logits" if tensor.shape[-1:] == (vocabulary,) else "activations")
         self.passes = passes = _RehearsedPasses(
-            self.model, self.passes.owners, self.config, footprint, pair_room, timed
+            self.model, self.passes.owners, self.config, footprint, pair_room, on_gpu, timed
         )
+        self.products = passes.products
         store = _RehearsedStore(self.layout.spilled, footprint)
         with footprint:
             self.run(store)
@@ -218,9 +222,11 @@ class _RehearsedPasses(Passes):
         config: InfluenceConfig,
         footprint: Footprint,
         pair_room: float,
+        on_gpu: bool,
         timed: bool,
     ) -> None:
         super().__init__(model, owners, config, 0)
+        self.products = Products(self.dtype, self.products.bf16, on_gpu)
         self.pairs = _RehearsedPairs(owners, pair_room, self.pair_dtype)
         self.footprint, self.wants_work = footprint, timed
         self.sequences: dict[str, int] = defaultdict(int)
