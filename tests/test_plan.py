@@ -222,9 +222,12 @@ def block_weights(blocks: int = BLOCKS) -> int:
     return blocks * (3 * MLP + 2 * hidden * (hidden + hidden // heads * peaks.TINY["num_key_value_heads"]))
 
 
-def tiny_plan(processes: int = 1, machine: Machine | None = None, blocks: int = BLOCKS, **keys: Any) -> Plan:
+def tiny_plan(
+    processes: int = 1, machine: Machine | None = None, blocks: int = BLOCKS, longer: int = 0, **keys: Any
+) -> Plan:
+    """longer: tokens that one sequence of each set has beyond the others' 64."""
     shape = LlamaConfig(**{**peaks.TINY, "num_hidden_layers": blocks})
-    rows = Counts(np.full(40, 64), np.full(40, 48))
+    rows = Counts(np.array([64 + longer] + [64] * 39), np.full(40, 48))
     sizes = DataSizes({name: DomainSample(rows, np.ones(40, dtype=int)) for name in "ab"}, {"r": rows})
     tree = {"train": {"global_batch_size": 16, "per_device_train_batch_size": 4}}
     for key, value in keys.items():
@@ -302,6 +305,19 @@ def test_a_gpus_products_are_in_bfloat16_whatever_machine_plans_them(monkeypatch
     expected = BLOCKS * 64 * 63 * (rotated + 3 * 2 * hidden * wide)
     assert works[0]["eigenvalues"].narrow == pytest.approx(expected, rel=1e-6)
     assert works[0]["eigenvalues"].wide == pytest.approx(by_name["eigenvalues"].wide - expected, rel=1e-6)
+
+
+def test_work_is_the_same_where_the_longest_step_is_not_the_typical_one():
+    """One token more in one of 40 sequences, with half of the pairs kept: the covariances are two passes, of those
+    that are kept and of the others. Work goes by lengths and their squares, 1 and 2 parts in 2,560 larger."""
+    key = "pairs of sequences"
+    half = tiny_plan(machine=DEVICES["h100"], influence__pair_budget=1).disk[key] / 2
+    works = []
+    for longer in (0, 1):
+        plan = tiny_plan(longer=longer, machine=DEVICES["h100"], influence__pair_budget=half / 1e9)
+        assert 0 < plan.disk[key] <= half
+        works.append(next(phase.work.flops for phase in plan.outer if phase.name == "covariances"))
+    assert works[0] == pytest.approx(works[1], rel=2 * 2 / 2560)
 
 
 def test_work_of_the_joint_solver_by_hand():

@@ -297,8 +297,9 @@ class _RehearsedPasses(Passes):
             peak, work = self.known[key]
             self.footprint.passing(peak)
         else:
-            peak = self._largest(kind, groups, sets, accumulators, step)
-            work = self._all(kind, groups, sets, accumulators, step) if self.wants_work else Work()
+            of_step = partial(self._of_step, kind, groups)
+            peak = self._largest(sets, accumulators, step, of_step)
+            work = self._all(sets, accumulators, step, of_step) if self.wants_work else Work()
             self.known[key] = peak, work
         self.footprint.work[phase] += work
 
@@ -321,12 +322,7 @@ class _RehearsedPasses(Passes):
         self.footprint.phase = before
 
     def _largest(
-        self,
-        kind: str,
-        groups: Sequence[Group],
-        sets: Sequence[SequenceSet],
-        accumulators: Sequence[Accumulator],
-        step: "_Step",
+        self, sets: Sequence[SequenceSet], accumulators: Sequence[Accumulator], step: "_Step", of_step: "_OfStep"
     ) -> dict[str, int]:
         """Runs the steps that need most memory; bytes by kind."""
         phase, start = self.footprint.phase, self.footprint.now
@@ -336,18 +332,13 @@ class _RehearsedPasses(Passes):
             step(_alone(sets, chosen), accumulators)
             if not _scoring_ones(accumulators):
                 # Where lengths are all alike this is the typical step too.
-                key = self._of_step(kind, groups, accumulators, _sizes(sets, chosen))
+                key = of_step(accumulators, _sizes(sets, chosen))
                 self.typical[key] = self.footprint.work[phase]
         self.footprint.work[phase] = before
         return self.footprint.peaks(start).get(phase, {})
 
     def _all(
-        self,
-        kind: str,
-        groups: Sequence[Group],
-        sets: Sequence[SequenceSet],
-        accumulators: Sequence[Accumulator],
-        step: "_Step",
+        self, sets: Sequence[SequenceSet], accumulators: Sequence[Accumulator], step: "_Step", of_step: "_OfStep"
     ) -> Work:
         """The work of all steps, from one of sequences of mean length."""
         lengths = _lengths(sets)
@@ -355,7 +346,7 @@ class _RehearsedPasses(Passes):
         plain = [accumulator for accumulator in accumulators if accumulator not in scoring]
         chosen = _typical(sets, float(lengths.mean()), self.share)
         sizes = _sizes(sets, chosen)
-        key = self._of_step(kind, groups, plain, sizes)
+        key = of_step(plain, sizes)
         if key not in self.typical:
             before, self.footprint.phase = self.footprint.phase, TYPICAL
             step(_alone(sets, chosen), plain)
@@ -384,6 +375,8 @@ class _RehearsedPasses(Passes):
 
 _Step = Callable[[Sequence[SequenceSet], Sequence[Accumulator]], None]
 """Does one step, of the few sequences that the sets hold."""
+_OfStep = Callable[[Sequence[Accumulator], np.ndarray], object]
+"""What decides a step's work, from what is summed and the sequences' positions."""
 _Chosen = tuple[int, tuple[int, ...]]
 """The number of a set, and the places of some of its sequences."""
 
@@ -402,6 +395,7 @@ def _sizes(sets: Sequence[SequenceSet], chosen: _Chosen) -> np.ndarray:
 
 
 def _scoring_ones(accumulators: Sequence[Accumulator]) -> list[Scores]:
+    """Those whose work depends on which sequences are scored."""
     return [accumulator for accumulator in accumulators if isinstance(accumulator, Scores)]
 
 

@@ -31,12 +31,13 @@ class Sketch:
         """Args:
         fraction: of the positions, in (0, 1]; 1: nothing is summed.
         names: of the sets of a pass.
+        seed: with a set's name and a sequence's slot, decides the signs.
         """
         self.fraction, self.names, self.seed = fraction, names, seed
         self.latest: tuple[Positions, Positions, Tensor, Tensor] | None = None
 
     def __call__(self, x_NI: Tensor, positions: Positions) -> tuple[Tensor, Positions]:
-        """[n, I] in x's data type or float32, and whose sums they are."""
+        """The sums [n, I], in the data type of the weights, and whose they are; x itself where nothing is summed."""
         if self.fraction == 1.0:
             return x_NI, positions
         if self.latest is None or self.latest[0] is not positions:
@@ -71,6 +72,6 @@ class Sketch:
 
 
 def probes(name: str, size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[O, K] random signs / sqrt(K): the expectation of |R^T G|^2 is |G|^2 (Hutchinson 1990)."""
+    """R [O, K] of the layer `name`: random signs / sqrt(K). The expectation of |R^T G|^2 is |G|^2 (Hutchinson 1990)."""
     signs = 2.0 * generator(seed, name, "probes").integers(0, 2, (size, PROBES)) - 1
-    return torch.from_numpy(signs / math.sqrt(PROBES)).to(device, dtype)
+    return on_device(signs / math.sqrt(PROBES), device, dtype)
