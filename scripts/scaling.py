@@ -62,7 +62,8 @@ class Case:
         # Activations of 80 blocks are kept for the backward pass.
         batch = 1 if self.model == "llama-3.1-70b" else 4
         influence = {"batch_size": batch, "memory_budget": self.budget, "product_dtype": "bfloat16", "spill": "cpu"}
-        influence["eigenvalue_fraction"] = 0.1 if self.model in ("llama-3.1-8b", "llama-3.1-70b") else 1.0
+        if self.model in ("llama-3.1-8b", "llama-3.1-70b"):
+            influence["eigenvalue_fraction"] = 0.1
         return validate({"train": train, "influence": influence, "evaluation": {"batch_size": 4}})
 
     def sizes(self) -> DataSizes:

@@ -34,9 +34,7 @@ SOURCE_AVERAGING: tuple[Averaging, ...] = ("mean", "energy")
 def whole(**settings: object) -> InfluenceConfig:
     """The engine's settings with all of the mixture in every estimate and without standard errors."""
     return replace(
-        InfluenceConfig(
-            sample_fraction=1.0, factor_fraction=1.0, eigenvalue_fraction=1.0, error_sequences=0, batch_size=50
-        ),
+        InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0, batch_size=50),
         **settings,  # type: ignore[arg-type]
     )
 

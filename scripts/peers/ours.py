@@ -70,7 +70,6 @@ def configuration(workload: Workload, given: dict[str, Any]) -> InfluenceConfig:
             "batch_size": workload.batch_size,
             "sample_fraction": 1.0,
             "factor_fraction": 1.0,
-            "eigenvalue_fraction": 1.0,
             "error_sequences": 0,
             **given,
         }

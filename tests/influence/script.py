@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from ideal.influence import DomainSample, Influence, InfluenceConfig, compute_influence
 
-WHOLE = {"sample_fraction": 1.0, "factor_fraction": 1.0, "eigenvalue_fraction": 1.0, "error_sequences": 0}
+WHOLE = {"sample_fraction": 1.0, "factor_fraction": 1.0, "error_sequences": 0}
 
 
 def collate(rows: list[dict[str, list[int]]], side: str = "right") -> dict[str, Tensor]:

@@ -39,7 +39,7 @@ from flops import Tokens, forward_backward, phase_flops  # noqa: E402
 from sides import PEER_PYTHON, Worker, engine_side, variant  # noqa: E402
 from workloads import QUICK, SHAPES, random_sets  # noqa: E402
 
-EVERYTHING = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, eigenvalue_fraction=1.0, error_sequences=0)
+EVERYTHING = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
 OWN = np.eye(3, dtype=bool)
 
 

@@ -34,7 +34,7 @@ from ideal.influence import DomainSample, InfluenceConfig, compute_influence, cu
 from ideal.seeding import generator
 
 FACTORS = ("ekfac", "kfac", "diagonal", "identity")
-ALL = InfluenceConfig(factor_fraction=1.0, eigenvalue_fraction=1.0, sample_fraction=1.0, error_sequences=0)
+ALL = InfluenceConfig(factor_fraction=1.0, sample_fraction=1.0, error_sequences=0)
 EXACT = 1e-10
 """Far above rounding: conditions are below 400 after damping, and what is found is off by 1e-15 to 1e-14."""
 

@@ -53,12 +53,7 @@ def estimate(world, mixture, monkeypatch):
             chosen[kind] = subset(kind, domain, np.arange(POOL) if rows is None else rows[kind])
         # No kept pairs: a slot of the factors below is another sequence than the same slot of the gradients.
         config = InfluenceConfig(
-            factors=factors,
-            factor_fraction=1.0,
-            eigenvalue_fraction=1.0,
-            error_sequences=SIZE,
-            batch_size=SIZE,
-            pair_budget=0,
+            factors=factors, factor_fraction=1.0, error_sequences=SIZE, batch_size=SIZE, pair_budget=0
         )
         return compute_influence(world.model, mixture, references, config, seed=0)
 

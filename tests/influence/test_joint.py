@@ -417,8 +417,7 @@ def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
 
     monkeypatch.setattr(engine, "JOINT_RESIDUAL", 1e-9)
     config = InfluenceConfig(
-        sample_fraction=1.0, factor_fraction=1.0, eigenvalue_fraction=1.0, damping=1.0, solver="cg",
-        solver_iterations=400, batch_size=100,
+        sample_fraction=1.0, factor_fraction=1.0, damping=1.0, solver="cg", solver_iterations=400, batch_size=100,
         layers=[pattern],
     )  # fmt: skip
     found = compute_influence(world.model, world.domains, world.references, config, seed=0)

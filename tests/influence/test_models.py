@@ -29,7 +29,7 @@ from tiny import Rows, World, difference, train
 from ideal.errors import UserError
 from ideal.influence import DomainSample, Influence, InfluenceConfig, compute_influence
 
-ALL = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, eigenvalue_fraction=1.0, error_sequences=0)
+ALL = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
 EXACT = 1e-10
 """As in test_engine.py; found: up to 5e-13, for adapters whose curvature is nearly singular."""
 FLOAT32_NORMS = 1e-5

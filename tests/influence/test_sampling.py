@@ -27,7 +27,7 @@ from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contribution
 from ideal.seeding import generator
 
 EXACT = 1e-10
-WHOLE = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, eigenvalue_fraction=1.0, error_sequences=0)
+WHOLE = InfluenceConfig(sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
 
 
 def influence(world, seed=0, **options):
