@@ -181,12 +181,12 @@ def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int
         for draw, run in enumerate(answers[side.name]):
             one = agreement(run["matrix"], answers["engine"][0]["matrix"], run["shares"], own_entries(workload))
             agreed[f"{side.name}, draw {draw}"] = asdict(one)
-            used = [run["sequences"], run["factor_sequences"]]
+            used = [run["sequences"], run["factor_sequences"], run["eigenvalue_sequences"]]
             cosines = [f"{value:.6f}" for value in (one.cosine, one.alpha_free, one.alpha_centred)]
             ratio = run["seconds"] / median(answers["floor"])
             rows.append([side.name, draw, *used, f"{one.error:.4f}", *cosines, f"{ratio:.2f}"])
-    header = ["side", "draw", "sequences", "for factors", "largest error / largest entry", "off-diagonal cosine"]
-    header += ["alpha free", "alpha centred", "x floor"]
+    header = ["side", "draw", "sequences", "for covariances", "for eigenvalues", "largest error / largest entry"]
+    header += ["off-diagonal cosine", "alpha free", "alpha centred", "x floor"]
     report.section("Fewer sequences", table(header, rows), answers=answers, agreement=agreed)
     report.section("Time", timing_table(answers))
     report.section("Phases", phase_table(answers))

@@ -16,7 +16,7 @@ from validate_source import Averaging, Segment, clipped_rates, effective_factor,
 
 from ideal.influence import DomainSample, Examples, InfluenceConfig, compute_influence
 from ideal.influence.curvature import Curvatures
-from ideal.influence.ekfac import Curvature, damped, inner_products
+from ideal.influence.ekfac import Curvature, damping_of, inner_products
 from ideal.influence.layers import Group, deal_out, shared_inputs, tracked_layers, widest
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
@@ -116,7 +116,10 @@ class Probe:
         pools = [pool.rescaled() for pool in self.mixed.pools]
         with opened_store(self.passes.device, False, "disk") as store:
             total = sum(pool.total for pool in pools)
-            curvatures = Curvatures(self.passes, self._products, store, self.config, total, widest(self.groups))
+            available = [len(pool.rows) for pool in pools]
+            curvatures = Curvatures(
+                self.passes, self._products, store, self.config, total, widest(self.groups), available
+            )
             curvatures.estimate(self.groups, pools, pools)
             return {
                 name: (curvature, store.get("eigenvalues", name))
@@ -159,7 +162,9 @@ def _matrix(
 ) -> np.ndarray:
     total = torch.zeros(0)
     for name, (bases, eigenvalues) in curvature.items():
-        solver = bases if eigenvalues is None else replace(bases, damped_OI=damped(eigenvalues, damping))
+        solver = bases
+        if eigenvalues is not None:
+            solver = replace(bases, damped_OI=eigenvalues + damping_of(eigenvalues, damping))
         part = inner_products(solver.solve(references[name]), domains[name])
         total = part if not len(total) else total + part
     return np.asarray(-shares * total.numpy())

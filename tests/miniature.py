@@ -89,7 +89,8 @@ def run(data: Path, output: Path, **more: Any) -> int:
 
 
 def quick(monkeypatch: pytest.MonkeyPatch, *, plan: bool = False) -> None:
-    """Leaves out of runs in this process what takes long and is tested elsewhere: the report's figures, and the plan.
+    """Leaves out of runs in this process what takes long and is tested elsewhere: the report's figures, and the plan
+    (on two ranks too: test_loop.py's first run).
 
     plan: whether it is wanted all the same.
     """
@@ -100,12 +101,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, *, plan: bool = False) -> None:
 
 
 def run_on_ranks(data: Path, output: Path, **more: Any) -> "subprocess.CompletedProcess[str]":
-    """A run on two ranks."""
+    """A quick run on two ranks."""
     return processes.attempt(_run_and_exit, arguments(data, output, **more), ranks=2)
 
 
 def _run_and_exit(words: list[str]) -> None:
-    sys.exit(ideal_main(ARGUMENTS, words))
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch)
+        sys.exit(ideal_main(ARGUMENTS, words))
 
 
 def python() -> list[str]:

@@ -30,6 +30,7 @@ def found(known: bool = True) -> Influence:
         first_position_share={"down": float("nan")},
         sequences=dict.fromkeys(DOMAINS, 400),
         factor_sequences=dict.fromkeys(DOMAINS, 40),
+        eigenvalue_sequences=dict.fromkeys(DOMAINS, 90),
         tokens=dict.fromkeys(DOMAINS, 5000),
         reference_sequences=dict.fromkeys(CAPABILITIES, 64),
         reference_tokens=dict.fromkeys(CAPABILITIES, 700),
@@ -94,5 +95,6 @@ def test_nothing_is_said_of_signs_without_errors():
 
 
 def test_how_many_sequences_were_used():
-    assert content(found())["sampling"] == "1,200 sequences of the mixture for the gradients, 120 for the covariances"
+    said = content(found())["sampling"]
+    assert said == "1,200 sequences of the mixture for the gradients, 120 for the covariances, 270 for the eigenvalues"
     assert "until alpha's direction was known to 10%" in content(found(), fraction="auto")["sampling"]

@@ -37,9 +37,10 @@ class InfluenceConfig:
     sums for each dimension of the widest layer. 1: every position stands alone."""
     eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
-    all; 32 where the covariances are estimated on more, which then tell the trace. Fewer are faster, and make the
-    matrix a few percent too large. What has eigenvalues has its gradient too: with the examples' own labels and all
-    layers' statistics in memory at once; elsewhere they take a pass of their own."""
+    all; 32 where the covariances are estimated on more, which then tell the trace. Fewer are faster, and may make the
+    matrix a few percent too large, although the noise that they add is taken out to second order. What has eigenvalues
+    has its gradient too: with the examples' own labels and all layers' statistics in memory at once; elsewhere they
+    take a pass of their own."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
     In a model with LoRA: the adapters' own layers in them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from ideal.distributed import all_reduce_
 from ideal.errors import UserError
 from ideal.influence.config import InfluenceConfig
-from ideal.influence.ekfac import Curvature, damped, eigenbasis, kfac_eigenvalues
+from ideal.influence.ekfac import Curvature, damping_of, eigenbasis, kfac_eigenvalues, without_noise
 from ideal.influence.layers import Group
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
@@ -24,6 +24,7 @@ from ideal.influence.statistics import (
     Accumulator,
     Eigenvalues,
     Gradients,
+    Halves,
     InputCovariance,
     InputNorms,
     OutputCovariance,
@@ -62,15 +63,26 @@ class Curvatures:
     """H + D of every owned layer, from part of the domains' sequences."""
 
     def __init__(
-        self, passes: Passes, products: Products, store: Store, config: InfluenceConfig, total: float, widest: int
+        self,
+        passes: Passes,
+        products: Products,
+        store: Store,
+        config: InfluenceConfig,
+        total: float,
+        widest: int,
+        available: Sequence[int],
     ) -> None:
         """Args:
         total: T, the mixture's trained tokens, which the sequences' weights sum to.
         widest: the largest dimension of a covariance.
+        available: [n] sequences of each domain that eigenvalues might be estimated on.
         """
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
-        self.widest = widest
+        self.widest, self.available = widest, available
+        self.damping: dict[str, Tensor] = {}
+        self.ratios: dict[str, float] = {}
+        self.scale = 1.0
 
     def estimate(
         self,
@@ -107,12 +119,13 @@ class Curvatures:
         if self.config.factors in ("ekfac", "diagonal"):
             late = set(range(len(corrected))).difference(early)
             self._correct_eigenvalues(part, corrected, bases, gradients, late, traces, label, again)
+        self._set_scale()
 
     def _traces(self, part: list[Group]) -> list[Traces]:
         """For the covariances' sequences and for the eigenvalues'.
 
         Few sequences tell the shape of the spectrum better than its size, which scales the damped inverse: some
-        gradients are much larger than the others.
+        gradients are much larger than the others, and so at all layers.
         """
         sizes = {name: size for group in self.passes.owned(part) for name, size in group.outputs.items()}
         drawn = {
@@ -158,7 +171,7 @@ class Curvatures:
                 bases[name] = basis_O, basis_I
                 if self.config.factors == "kfac":
                     eigenvalues = kfac_eigenvalues(values_O, values_I, positions, self.total)
-                    self.store.put("eigenvalues", name, eigenvalues.to(self.passes.dtype))
+                    self._keep(name, eigenvalues.to(self.passes.dtype))
         return bases
 
     def _sketch(self, factors: list[SequenceSet]) -> Sketch:
@@ -190,18 +203,51 @@ class Curvatures:
         """Lambda, and the gradients of the domains in `late`, which are rotated back."""
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
-        accumulator = Eigenvalues(sums, bases, self.products, gradients, late)
+        most, halves = self._halves(shapes, corrected)
+        accumulator = Eigenvalues(sums, bases, self.products, gradients, late, halves)
         self._run("eigenvalues", part, corrected, [accumulator, *traces[1:]], label, again)
         for name, total in _consumed(sums):
-            if traces:
-                known, here = (trace.sums[name] for trace in traces)
-                total *= torch.where(here > 0, known / here, 1.0).to(total.dtype)
-            self.store.put("eigenvalues", name, total.div_(self.total))
+            variances = None
+            if halves:
+                other = halves.sums.pop(name)
+                variances = (total - other).div_(self.total).square_().mul_(most)
+                total += other
+            self._keep(name, total.div_(self.total), variances)
+        if traces:
+            known, here = (torch.stack([*trace.sums.values()]).tolist() if shapes else [] for trace in traces)
+            self.ratios |= {
+                name: one / other for name, one, other in zip(shapes, known, here, strict=True) if one and other
+            }
         for name, rotated in (gradients or {}).items():
             basis_O, basis_I = bases[name]
             curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
             for number in late:
                 rotated[number] = curvature.rotate_back(rotated[number]) / (corrected[number].scale or 1.0)
+
+    def _halves(
+        self, shapes: dict[str, tuple[int, int]], corrected: list[SequenceSet]
+    ) -> tuple[float, Halves | None]:
+        """What tells the eigenvalues' noise, and what its variance is multiplied with: all sequences have none."""
+        counts = zip(corrected, self.available, strict=True)
+        left_out = [1 - len(some.rows) / every if every else 0.0 for some, every in counts]
+        most = max(left_out)
+        if not most:
+            return most, None
+        zeros = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
+        return most, Halves(zeros, [math.sqrt(share / most) for share in left_out])
+
+    def _keep(self, name: str, eigenvalues_OI: Tensor, variances_OI: Tensor | None = None) -> None:
+        """Lambda and D. variances: of the eigenvalues about those of all sequences."""
+        self.damping[name] = damping_of(eigenvalues_OI, self.config.damping)
+        if variances_OI is not None:
+            eigenvalues_OI = without_noise(eigenvalues_OI, variances_OI, self.damping[name])
+        self.store.put("eigenvalues", name, eigenvalues_OI)
+
+    def _set_scale(self) -> None:
+        """What Lambda and D are multiplied with: the layers' geometric mean, since one alone is told by few probes."""
+        logs = torch.tensor([sum(map(math.log, self.ratios.values())), len(self.ratios)], dtype=torch.float64)
+        total, count = all_reduce_(logs.to(self.passes.device)).tolist()
+        self.scale = math.exp(total / count) if count else 1.0
 
     def _run(
         self,
@@ -224,14 +270,14 @@ class Curvatures:
             name: Curvature(
                 self._basis("basis_O", name),
                 basis_I,
-                damped(self.store.get("eigenvalues", name), self.config.damping),
+                (self.store.get("eigenvalues", name) + self.damping[name]) * self.scale,
             )
             for name in group.layers
         }
 
     def damping_of(self, group: Group) -> dict[str, float]:
         """D_l of each of an owned group's layers, in the units of H."""
-        return {name: self.config.damping * float(self.store.get("eigenvalues", name).mean()) for name in group.layers}
+        return {name: float(self.damping[name]) * self.scale for name in group.layers}
 
     def _basis(self, kind: str, name: str) -> Tensor | None:
         return None if self.config.factors == "diagonal" else self._exact(self.store.get(kind, name))

@@ -35,9 +35,21 @@ def kfac_eigenvalues(values_O: Tensor, values_I: Tensor, positions: float, token
     return positions / tokens * torch.outer(values_O, values_I)
 
 
-def damped(eigenvalues_OI: Tensor, damping: float) -> Tensor:
-    """Lambda + damping x mean(Lambda), [O, I]: the eigenvalues of H + D."""
-    return eigenvalues_OI + damping * eigenvalues_OI.mean()
+def damping_of(eigenvalues_OI: Tensor, relative: float) -> Tensor:
+    """D = relative x mean(Lambda), []."""
+    return relative * eigenvalues_OI.mean()
+
+
+def without_noise(eigenvalues_OI: Tensor, variances_OI: Tensor, damping: Tensor) -> Tensor:
+    """Lambda', [O, I], for which 1 / (Lambda' + D) is on average, to second order, what it is without noise in Lambda.
+
+    1 / (Lambda + D) is convex: noise of variance v makes it larger by the factor 1 + v / (Lambda + D)^2.
+
+    Args:
+        variances_OI: v, at most Lambda^2.
+        damping: D, [].
+    """
+    return eigenvalues_OI + variances_OI / (eigenvalues_OI + damping).clamp_min(torch.finfo(damping.dtype).tiny)
 
 
 def inner_products(left_KOI: Tensor, right_LOI: Tensor) -> Tensor:

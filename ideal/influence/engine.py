@@ -204,6 +204,8 @@ class _Engine:
                 self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
             if config.factors == "diagonal" and config.solver == "direct":
                 self.factors = self.corrected  # there are no covariances
+            if config.factors == "kfac":
+                self.corrected = self.factors  # eigenvalues are the covariances'
         # With the examples' own labels the passes for the curvature give gradients too: of each domain those of
         # its covariances' sequences or those of its eigenvalues', whichever are more (the others are among them).
         self.reuse = (
@@ -225,7 +227,9 @@ class _Engine:
 
     def run(self, store: Store) -> Influence:
         """All phases."""
-        self.curvatures = Curvatures(self.passes, self.products, store, self.config, self.total, self.widest)
+        self.curvatures = Curvatures(
+            self.passes, self.products, store, self.config, self.total, self.widest, self._available()
+        )
         self._pick_sequences()
         if self.reuse:
             self.gradients = self.passes.per_layer(self.groups, len(self.pools))
@@ -505,7 +509,7 @@ class _Engine:
         """V_r, and the relative change of alpha that the last doubling of the curvature's sequences made."""
         alpha, change, doubled = self._alpha(directions)[1], math.inf, False
         while change > DIRECTION_ERROR and self._double_factors():
-            self.curvatures.estimate(part, self.factors, self.factors)
+            self.curvatures.estimate(part, self.factors, self.corrected)
             directions, before, doubled = self._directions(part, references), alpha, True
             alpha = self._alpha(directions)[1]
             # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
@@ -534,7 +538,8 @@ class _Engine:
     def _double_factors(self) -> bool:
         """Takes twice as many sequences for the curvature; whether there were more."""
         before = how_many(self.factors)
-        self.factors = factor_parts(self.pools, min(1.0, 2 * before / sum(self._available())), self.widest, 1)
+        fraction = min(1.0, 2 * before / sum(self._available()))
+        self.corrected = self.factors = factor_parts(self.pools, fraction, self.widest, 1)
         return how_many(self.factors) > before
 
     def _take(self, wanted: list[int]) -> list[_Sample]:
@@ -579,9 +584,10 @@ class _Engine:
     def _result(self, dropped: set[str]) -> Influence:
         """What all parts give together."""
         matrix = np.sum(list(self.layers.values()), axis=0)
-        factors = dict.fromkeys([pool.name for pool in self.pools], 0)
-        if self.config.factors != "identity":
-            factors = {chosen.name: len(chosen.rows) for chosen in self.factors}
+        factors, corrected = (
+            {chosen.name: 0 if self.config.factors == "identity" else len(chosen.rows) for chosen in sets}
+            for sets in (self.factors, self.corrected)
+        )
         return Influence(
             domains=[domain.name for domain in self.pools],
             capabilities=[capability.name for capability in self.reference],
@@ -594,6 +600,7 @@ class _Engine:
             first_position_share=self.curvatures.first_positions.shares(self.groups),
             sequences={domain.name: len(domain.rows) for domain in self.training},
             factor_sequences=factors,
+            eigenvalue_sequences=corrected,
             tokens={domain.name: int(domain.tokens.sum()) for domain in self.training},
             reference_sequences={capability.name: len(capability.rows) for capability in self.reference},
             reference_tokens={capability.name: int(capability.tokens.sum()) for capability in self.reference},

@@ -133,7 +133,7 @@ class Sizes:
     """Bytes that one group's owner holds."""
 
     factors: int
-    """Covariances, which become eigenbases in place, and eigenvalues."""
+    """Covariances, which become eigenbases in place, and eigenvalues; those of two halves of few sequences."""
     gradient: int
     """One gradient, of a domain or a capability; its solution takes its place."""
 
@@ -142,6 +142,8 @@ def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
+    if config.factors in ("ekfac", "diagonal") and (config.eigenvalue_fraction < 1 or config.sample_fraction == "auto"):
+        factors *= 2
     if config.factors in ("ekfac", "kfac"):
         squares = group.width**2 + sum(size**2 for size in group.outputs.values())
         # bfloat16 products rotate with a copy of the bases.

@@ -30,6 +30,8 @@ class Influence:
     """Distinct sequences used, per domain."""
     factor_sequences: dict[str, int]
     """Those that the covariances were estimated on."""
+    eigenvalue_sequences: dict[str, int]
+    """Those that the eigenvalues (or the diagonal) were estimated on: with K-FAC the covariances'."""
     tokens: dict[str, int]
     """The sequences' trained tokens, per domain; a repeated sequence counts once."""
     reference_sequences: dict[str, int]

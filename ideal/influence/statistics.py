@@ -279,6 +279,16 @@ class Gradients:
             self.products.add_(self.sums[name][positions.set_index], d_NO, weighted_NI, factor)
 
 
+@dataclass(frozen=True)
+class Halves:
+    """Sums over every other sequence of each set, whose difference tells how certain those over all are."""
+
+    sums: dict[str, Tensor]
+    """Per layer [O, I]."""
+    apart: Sequence[float]
+    """Per set, in [0, 1]: 1 where a sequence goes to one of the two sums, 0 where half of it goes to either."""
+
+
 class Eigenvalues:
     """sum over sequences of w (Q_S^T G Q_A)^2 per layer, entry by entry, [O, I]."""
 
@@ -289,13 +299,15 @@ class Eigenvalues:
         products: Products,
         gradients: dict[str, Tensor] | None = None,
         of: Collection[int] = (),
+        halves: "Halves | None" = None,
     ) -> None:
         """Args:
         bases: per layer Q_S [O, O] and Q_A [I, I]; None stands for the identity. Layers of a group share Q_A.
         gradients: per layer [sets, O, I]; takes up sum w Q_S^T G Q_A, which costs next to nothing here.
         of: the sets for which it does.
+        halves: takes up part of what would go to `sums`.
         """
-        self.sums, self.products, self.gradients, self.of = sums, products, gradients, of
+        self.sums, self.products, self.gradients, self.of, self.halves = sums, products, gradients, of, halves
         self.bases = {
             name: (self.products.basis(basis_O), self.products.basis(basis_I))
             for name, (basis_O, basis_I) in bases.items()
@@ -307,11 +319,21 @@ class Eigenvalues:
         x_NI = self.products.rotate(x_NI, self.bases[group.name][1])
         for name, d_NO in outputs.items():
             d_NO = self.products.rotate(d_NO, self.bases[name][0])
-            for (x, d), weight in zip(positions.sequences(x_NI, d_NO), positions.weights, strict=True):
+            sequences = zip(positions.sequences(x_NI, d_NO), positions.weights, positions.slots, strict=True)
+            for (x, d), weight, slot in sequences:
                 gradient_OI = self.products.outer(d, x)
-                self.sums[name].addcmul_(gradient_OI, gradient_OI, value=weight)
+                for sums, part in self._shared(positions.set_index, slot):
+                    sums[name].addcmul_(gradient_OI, gradient_OI, value=part * weight)
                 if self.gradients is not None and positions.set_index in self.of:
                     self.gradients[name][positions.set_index].add_(gradient_OI, alpha=weight)
+
+    def _shared(self, set_index: int, slot: int) -> list[tuple[dict[str, Tensor], float]]:
+        """Which sums a sequence goes to, and with what part of it."""
+        if self.halves is None:
+            return [(self.sums, 1.0)]
+        larger, smaller = ((1 + sign * self.halves.apart[set_index]) / 2 for sign in (1, -1))
+        first, second = (smaller, larger) if slot % 2 else (larger, smaller)
+        return [(sums, part) for sums, part in ((self.sums, first), (self.halves.sums, second)) if part]
 
 
 class Scores:

@@ -163,12 +163,13 @@ def _solver(solver: Json) -> list[str]:
 
 def _used(influence: Json) -> Table:
     sequences, tokens = influence.get("sequences") or {}, influence.get("tokens") or {}
-    factor = influence.get("factor_sequences") or {}
-    header = ["used per domain", "sequences", "tokens"] + ["of these for the covariances"] * bool(factor)
-    rows = []
-    for name, found in sequences.items():
-        row = [name, tables.count(found), tables.count(tokens.get(name))]
-        rows.append(row + [tables.count(factor.get(name))] * bool(factor))
+    kinds = ("factor_sequences", "of these for the covariances"), ("eigenvalue_sequences", "for the eigenvalues")
+    parts = [(title, influence[key]) for key, title in kinds if influence.get(key)]
+    header = ["used per domain", "sequences", "tokens", *(title for title, _ in parts)]
+    rows = [
+        [name, *map(tables.count, (found, tokens.get(name), *(part.get(name) for _, part in parts)))]
+        for name, found in sequences.items()
+    ]
     return Table("", header, rows)
 
 

@@ -92,8 +92,12 @@ def errors_of_forms(influence: Influence, weights: np.ndarray) -> dict[str, Erro
 
 def sampling_in_words(run: Run, influence: Influence) -> str:
     """How many of the mixture's sequences were used, and why so many."""
-    gradients, curvature = (sum(found.values()) for found in (influence.sequences, influence.factor_sequences))
-    text = f"{gradients:,} sequences of the mixture for the gradients, {curvature:,} for the covariances"
+    used = influence.sequences, influence.factor_sequences, influence.eigenvalue_sequences
+    gradients, covariances, eigenvalues = (sum(found.values()) for found in used)
+    text = (
+        f"{gradients:,} sequences of the mixture for the gradients, {covariances:,} for the covariances,"
+        f" {eigenvalues:,} for the eigenvalues"
+    )
     if run.config.influence.sample_fraction == "auto":
         text += f", added until alpha's direction was known to {DIRECTION_ERROR:.0%} or there were no more"
     return text

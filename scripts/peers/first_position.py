@@ -18,7 +18,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from ideal.influence import DomainSample, InfluenceConfig  # noqa: E402
-from ideal.influence.ekfac import Curvature, damped, eigenbasis, inner_products  # noqa: E402
+from ideal.influence.ekfac import Curvature, damping_of, eigenbasis, inner_products  # noqa: E402
 from ideal.influence.layers import Group, deal_out, shared_inputs, tracked_layers  # noqa: E402
 from ideal.influence.passes import Passes  # noqa: E402
 from ideal.influence.products import Products  # noqa: E402
@@ -93,7 +93,8 @@ def matrix_without(workload: Workload, model: Any, config: InfluenceConfig, leav
         passes.run("references", groups, reference, [Gradients(g_R, products)])
     matrix = torch.zeros(len(reference), len(training), dtype=torch.float64)
     for name, eigenvalues in squares.items():
-        curvature = Curvature(*bases[name], damped(eigenvalues / total, config.damping))
+        eigenvalues = eigenvalues / total
+        curvature = Curvature(*bases[name], eigenvalues + damping_of(eigenvalues, config.damping))
         matrix -= inner_products(curvature.solve(g_R[name]), g_n[name]).cpu()
     # g_j is domain j's sum over T_j, and s_j = T_j / T.
     return (matrix / torch.tensor([chosen.total for chosen in reference])[:, None] / total).numpy()

@@ -53,6 +53,7 @@ def engine(workload: Workload, model: Any, request: dict[str, Any], watch: Stopw
         "first_position_share": found.first_position_share,
         "sequences": sum(found.sequences.values()),
         "factor_sequences": sum(found.factor_sequences.values()),
+        "eigenvalue_sequences": sum(found.eigenvalue_sequences.values()),
     }
 
 

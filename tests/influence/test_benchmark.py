@@ -262,27 +262,28 @@ def run(arguments: list[str], tmp_path: Path) -> dict[str, Any]:
 
 
 def test_sides_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture):
-    """Every side answers every time; two processes give the engine's matrix, and other factors do not."""
+    """Every side answers every time; two processes give the engine's matrix."""
     sides = ["--sides", "floor", "padded-floor", "engine", "--repeats", "2"]
-    variants = ["--variant", "pair: processes=2, batch_size=3", "--variant", "kfac: factors=kfac"]
-    found = run(["--quick", *sides, *variants], tmp_path)
+    found = run(["--quick", *sides, "--variant", "pair: processes=2, batch_size=3"], tmp_path)
     answers, agreed = found["Time"]["answers"], found["Agreement with the engine"]["agreement"]
-    assert list(answers) == ["floor", "padded-floor", "engine", "pair", "kfac"]
+    assert list(answers) == ["floor", "padded-floor", "engine", "pair"]
     assert all(
         len(runs) == 2 and all(one["seconds"] > 0 and one["peak"] > 1e8 for one in runs) for runs in answers.values()
     )
     # The same sequences, so the same loss; sums of 1536 float32 terms in another order.
     assert answers["floor"][0]["loss"] == pytest.approx(answers["padded-floor"][0]["loss"], rel=1e-5)
-    assert agreed["pair"]["same"] and not agreed["kfac"]["same"]
+    assert agreed["pair"]["same"]
     assert sum(answers["engine"][0]["phases"].values()) <= answers["engine"][0]["seconds"]
     printed = capsys.readouterr().out
     assert "| side | s (median) |" in printed and "| pair |" in printed
 
 
 def test_fractions(tmp_path: Path):
-    """Each draw's matrix is compared with the one from all: near it, and another one for other sequences."""
-    found = run(["--quick", "--fractions", "0.1", "1", "--draws", "2"], tmp_path)["Fewer sequences"]
-    assert list(found["agreement"]) == ["0.1, draw 0", "0.1, draw 1", "1, draw 0", "1, draw 1"]
+    """Each draw's matrix is compared with the one from all: near it, and another one for other sequences or factors."""
+    variants = ["--variant", "kfac: factors=kfac"]
+    found = run(["--quick", "--fractions", "0.1", "1", "--draws", "2", *variants], tmp_path)["Fewer sequences"]
+    assert list(found["agreement"]) == [f"{name}, draw {draw}" for name in ("0.1", "1", "kfac") for draw in (0, 1)]
+    assert min(found["agreement"][f"kfac, draw {draw}"]["error"] for draw in (0, 1)) > 1e-3
     fewer, every = ([found["agreement"][f"{name}, draw {draw}"]["error"] for draw in range(2)] for name in ("0.1", "1"))
     # All of them in another order: float32 sums of some thousand terms.
     assert max(every) < 1e-5 < 1e-4 < min(fewer) and fewer[0] != fewer[1]

@@ -103,8 +103,8 @@ def transposed_at_the_end(monkeypatch):
 
 
 def doubled_damping(monkeypatch):
-    right = curvature.damped
-    monkeypatch.setattr(curvature, "damped", lambda eigenvalues, damping: right(eigenvalues, 2 * damping))
+    right = curvature.damping_of
+    monkeypatch.setattr(curvature, "damping_of", lambda eigenvalues, relative: 2 * right(eigenvalues, relative))
 
 
 def multiplying(monkeypatch):

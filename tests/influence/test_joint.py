@@ -36,7 +36,7 @@ from torch.distributed.fsdp import fully_shard
 from ideal.distributed import progress
 from ideal.errors import UserError
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, joint
-from ideal.influence.ekfac import Curvature, damped, eigenbasis
+from ideal.influence.ekfac import Curvature, damping_of, eigenbasis
 from ideal.influence.joint import JointSolution, _Products, solve_joint
 from ideal.influence.matrix import ratio_covariance
 from ideal.influence.statistics import frozen
@@ -376,7 +376,7 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
         A, S, _ = factors(world, name)
         basis_O, basis_I = eigenbasis(S)[1], eigenbasis(A)[1]
         eigenvalues = (counts[:, None, None] * (basis_O.T @ g @ basis_I) ** 2).sum(0) / tokens.sum()
-        curvature[name] = Curvature(basis_O, basis_I, damped(eigenvalues, 0.1))
+        curvature[name] = Curvature(basis_O, basis_I, eigenvalues + damping_of(eigenvalues, 0.1))
         damping[name] = 0.1 * float(eigenvalues.mean())
 
     def matrix(V: Tensor) -> np.ndarray:

@@ -8,9 +8,11 @@ import torch
 from tiny import (
     World,
     counted,
-    diagonal_dense,
+    damped_of_few,
+    diagonal_spectra,
     difference,
     ekfac_dense,
+    ekfac_spectra,
     explicit_matrix,
     kfac_dense,
     logit_curvature,
@@ -22,7 +24,7 @@ from tiny import (
 )
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, engine, samples
+from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, curvature, engine, samples
 from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contributions, more_sequences
 from ideal.seeding import generator
 
@@ -46,6 +48,18 @@ def part_of(world, fraction, seed=0):
     return World(world.model, domains, world.references)
 
 
+def signs_of(world, fraction, least=1, seed=0):
+    """[m] of the world's rows: how the two halves are told apart of the sequences that eigenvalues come from."""
+    found = []
+    for name, domain in world.domains.items():
+        rows = generator(seed, name, "order").permutation(np.flatnonzero(domain.counts))
+        used = min(len(rows), max(least, int(np.ceil(fraction * len(rows)))))
+        signs = np.zeros(len(domain.counts))
+        signs[rows[:used]] = np.sqrt(1 - used / len(rows)) * (-1.0) ** np.arange(used)
+        found.append(signs)
+    return torch.tensor(np.concatenate(found))
+
+
 # Factors from fewer sequences
 
 
@@ -62,18 +76,58 @@ def test_gradients_from_all_sequences_and_factors_from_parts(world, unbounded, f
     """Against dense matrices, and mean gradients of everything."""
     found = influence(world, factor_fraction=0.4, eigenvalue_fraction=eigenvalues, factors=factors)
     part, larger = part_of(world, 0.4), part_of(world, eigenvalues)
-    dense = {
-        "ekfac": lambda: ekfac_dense(larger, part),
-        "kfac": lambda: kfac_dense(part),
-        "diagonal": lambda: diagonal_dense(larger),
-    }
-    assert difference(found.matrix, explicit_matrix(world, dense[factors]())) < EXACT
+    if factors == "kfac":
+        expected = explicit_matrix(world, kfac_dense(part))
+    else:
+        spectra = ekfac_spectra(larger, part) if factors == "ekfac" else diagonal_spectra(larger)
+        expected = explicit_matrix(world, damped_of_few(spectra, signs_of(world, eigenvalues)), damping=0.0)
+    assert difference(found.matrix, expected) < EXACT
     present = {name: np.count_nonzero(domain.counts) for name, domain in world.domains.items()}
-    fraction = eigenvalues if factors == "diagonal" else 0.4
+    fraction, late = eigenvalues if factors == "diagonal" else 0.4, 0.4 if factors == "kfac" else eigenvalues
     assert found.factor_sequences == {name: int(np.ceil(fraction * count)) for name, count in present.items()}
+    assert found.eigenvalue_sequences == {name: int(np.ceil(late * count)) for name, count in present.items()}
     assert found.sequences == present
     whole = influence(world, factors=factors)
     assert fraction == 1 or difference(whole.matrix, found.matrix) > 1e-3
+
+
+def test_a_domain_that_is_used_whole_has_no_noise(world, monkeypatch):
+    """Ten sequences of each: all of one domain, a quarter of the others."""
+    few = replace(world.domains["down"], counts=world.domains["down"].counts * (np.arange(48) < 13))
+    world = replace(world, domains={**world.domains, "down": few})
+    for name in ("LEAST_SEQUENCES", "FACTOR_SEQUENCES"):
+        monkeypatch.setattr(engine, name, 10)
+    found = influence(world, eigenvalue_fraction=1e-3)
+    assert found.eigenvalue_sequences == {"up": 10, "down": np.count_nonzero(few.counts), "noise": 10}
+    domains = {}
+    for name, domain in world.domains.items():
+        rows = generator(0, name, "order").permutation(np.flatnonzero(domain.counts))[:10]
+        tokens, counts = domain.examples.trained_tokens, np.zeros(len(domain.counts))
+        counts[rows] = domain.counts[rows]
+        domains[name] = DomainSample(domain.examples, counts * (domain.counts @ tokens) / (counts @ tokens))
+    spectra = ekfac_spectra(replace(world, domains=domains), world)
+    signs = signs_of(world, 1e-3, least=10)
+    assert set(signs[48:96].tolist()) == {0.0}
+    whole = explicit_matrix(world, damped_of_few(spectra, signs), damping=0.0)
+    # Each layer's trace is set to the common factor of all layers', which probes tell (test_sketch.py).
+    factor = found.matrix / whole
+    np.testing.assert_allclose(factor, factor[0, 0], rtol=EXACT)
+
+
+def test_noise_of_few_eigenvalues_does_not_enlarge_the_matrix(large, monkeypatch):
+    """A tenth of 300 sequences of each domain, the same bases; the trace of all of them, exactly."""
+    whole, few = influence(large).matrix, {"eigenvalue_fraction": 0.1, "error_sequences": 0}
+    monkeypatch.setattr(curvature.Curvatures, "_set_scale", lambda self: None)
+
+    def factor(seed):
+        found = influence(large, seed=seed, **few).matrix
+        return float((found * whole).sum() / (whole * whole).sum())
+
+    corrected = [factor(seed) for seed in range(4)]
+    monkeypatch.setattr(curvature, "without_noise", lambda eigenvalues, variances, damping: eigenvalues)
+    plain = [factor(seed) for seed in range(4)]
+    print(corrected, plain)
+    assert np.mean(plain) > 1.02 and abs(np.mean(corrected) - 1) < 0.5 * (np.mean(plain) - 1)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
@@ -132,7 +186,7 @@ def test_auto_ends_with_all_sequences_if_it_must(large, monkeypatch):
     monkeypatch.setattr(adaptive, "DIRECTION_ERROR", 0.0)
     monkeypatch.setattr("ideal.influence.engine.DIRECTION_ERROR", 0.0)
     found, expected = influence(large, sample_fraction="auto"), influence(large)
-    assert found.sequences == found.factor_sequences == expected.sequences
+    assert found.sequences == found.factor_sequences == found.eigenvalue_sequences == expected.sequences
     assert difference(found.matrix, expected.matrix) < EXACT
     assert np.abs(found.training_covariance).max() == 0
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_sampling import EXACT, WHOLE, influence, part_of
-from tiny import difference, ekfac_dense, explicit_matrix, weighted_gradients
+from test_sampling import EXACT, WHOLE, influence, part_of, signs_of
+from tiny import damped_of_few, difference, ekfac_spectra, explicit_matrix, weighted_gradients
 
 from ideal.influence import compute_influence, curvature, engine, samples
 from ideal.influence.sketch import Sketch, probes
@@ -105,17 +105,17 @@ def sums_of(world, seed, fraction):
     return sums
 
 
-def scaled_to(world, dense, whole, part, seed=0):
-    """Each layer's matrix with the trace that the probes see in `whole`, where they see another one in `part`."""
-    found = {}
-    for name, matrix in dense.items():
-        R = probes(name, weighted_gradients(world)[0][name].shape[1], seed, torch.float64, torch.device("cpu"))
+def scaled_to(dense, whole, part, seed=0):
+    """All matrices times what the probes see in `whole` over what they see in `part`, on (geometric) average."""
+    logs = []
+    for name in dense:
         seen = []
         for these in (whole, part):
             gradients, counts = weighted_gradients(these)
+            R = probes(name, gradients[name].shape[1], seed, torch.float64, torch.device("cpu"))
             seen.append(counts @ (R.T @ gradients[name]).square().sum((1, 2)))
-        found[name] = matrix * seen[0] / seen[1]
-    return found
+        logs.append((seen[0] / seen[1]).log())
+    return {name: matrix * torch.stack(logs).mean().exp() for name, matrix in dense.items()}
 
 
 @pytest.mark.parametrize("factors", [0.7, 1.0])
@@ -126,9 +126,10 @@ def test_bases_from_sums_and_few_eigenvalues(world, unbounded, factors, sketch):
     found = influence(world, **options)
     part, larger = part_of(world, 0.4), part_of(world, factors)
     sums = sums_of(world, 0, sketch) if sketch < 1 else None
-    dense = scaled_to(world, ekfac_dense(part, larger, sums), larger, part)
-    assert difference(found.matrix, explicit_matrix(world, dense)) < EXACT
-    plain = explicit_matrix(world, ekfac_dense(part, larger, sums))
+    dense = damped_of_few(ekfac_spectra(part, larger, sums), signs_of(world, 0.4))
+    scaled = scaled_to(dense, larger, part)
+    assert difference(found.matrix, explicit_matrix(world, scaled, damping=0.0)) < EXACT
+    plain = explicit_matrix(world, dense, damping=0.0)
     assert difference(found.matrix, plain) > 1e-3, "the trace must have been set right"
 
 

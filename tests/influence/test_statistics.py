@@ -1,5 +1,7 @@
 """The sums that the hooks gather, against loops over sequences without hooks; and the model afterwards."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ideal.influence.products import Products
 from ideal.influence.statistics import (
     Eigenvalues,
     Gradients,
+    Halves,
     InputCovariance,
     InputNorms,
     OutputCovariance,
@@ -319,6 +322,29 @@ def test_sampled_fisher_is_the_gauss_newton_matrix_on_average(world):
     error = draws.std(0) / 150**0.5
     assert ((draws.mean(0) - combinations @ exact).abs() < 4.5 * error).all()
     assert ((empirical - combinations @ exact).abs() > 9 * error).all()
+
+
+def test_halves_of_the_sequences(rows):
+    """Even and odd slots apart in one set, half apart in another; together they are the sum over all."""
+    model = tiny_llama()
+    zero = lambda: zeros(model, lambda o, i: (o, i))  # noqa: E731
+    sums, others, whole = zero(), zero(), zero()
+    names = list(weights_of(model))
+    accumulators = [
+        Eigenvalues(sums, dict.fromkeys(names, (None, None)), EXACTLY, halves=Halves(others, [1.0, 0.5])),
+        Eigenvalues(whole, dict.fromkeys(names, (None, None)), EXACTLY),
+    ]
+    tracker = tracker_of(model)
+    found = sequence_gradients(model, rows)
+    signs = torch.tensor([(-1) ** slot * weight for slot, weight in enumerate(WEIGHTS)])[:, None, None]
+    with frozen(model), tracker.hooked():
+        for set_index in (0, 1):
+            batch = batch_of(rows, WEIGHTS)
+            tracker.run(replace(batch, positions=replace(batch.positions, set_index=set_index)), accumulators, [])
+    for name in names:
+        expected = 1.5 * (signs * found[name] ** 2).sum(0)
+        torch.testing.assert_close(sums[name] - others[name], expected, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(sums[name] + others[name], whole[name], rtol=1e-10, atol=1e-12)
 
 
 class Boom(Exception):

@@ -244,21 +244,54 @@ def weighted_gradients(world: World, pattern: str = MLP) -> tuple[dict[str, Tens
     return {name: torch.cat([part[name] for part in found]) for name in found[0]}, counts
 
 
-def ekfac_dense(world: World, bases_of: World | None = None, sums: Sums | None = None) -> dict[str, Tensor]:
-    """Per layer, EK-FAC's Hessian as a dense matrix [OI, OI] over the weight's entries, row by row.
+Spectra = dict[str, tuple[Tensor, Tensor]]
+"""Per layer the eigenvectors [OI, OI], as columns, and what each sequence adds to the eigenvalues [m, OI]."""
 
-    Its eigenvectors are those of `bases_of`'s covariances, of `sums` of its positions, its eigenvalues the world's.
-    """
+
+def ekfac_spectra(world: World, bases_of: World | None = None, sums: Sums | None = None) -> Spectra:
+    """Eigenvectors of `bases_of`'s covariances, of `sums` of its positions; eigenvalues of the world's sequences."""
     total = sum(total_tokens(world).values())
     gradients, counts = weighted_gradients(world)
-    dense = {}
+    found = {}
     for name, g in gradients.items():
         A, S, _ = factors(bases_of or world, name, sums)
         # The eigenvectors of S (x) A, as the columns of one big matrix.
         basis = torch.kron(torch.linalg.eigh(S)[1], torch.linalg.eigh(A)[1])
-        eigenvalues = (counts[:, None] * (g.flatten(1) @ basis) ** 2).sum(0) / total
-        dense[name] = basis @ torch.diag(eigenvalues) @ basis.T
-    return dense
+        found[name] = basis, counts[:, None] * (g.flatten(1) @ basis) ** 2 / total
+    return found
+
+
+def diagonal_spectra(world: World) -> Spectra:
+    """Mean squared gradients in the weights' own basis."""
+    total = sum(total_tokens(world).values())
+    gradients, counts = weighted_gradients(world)
+    return {
+        name: (torch.eye(g[0].numel(), dtype=torch.float64), counts[:, None] * g.flatten(1) ** 2 / total)
+        for name, g in gradients.items()
+    }
+
+
+def dense_of(spectra: Spectra) -> dict[str, Tensor]:
+    """Per layer the Hessian as a dense matrix [OI, OI] over the weight's entries, row by row."""
+    return {name: basis @ torch.diag(squares.sum(0)) @ basis.T for name, (basis, squares) in spectra.items()}
+
+
+def damped_of_few(spectra: Spectra, signs: Tensor, damping: float = 0.1) -> dict[str, Tensor]:
+    """Per layer H + D, whose eigenvalues are those of few sequences and corrected for their noise.
+
+    signs: [m] of each sequence + or - the root of the part of its domain that is left out.
+    """
+    found = {}
+    for name, (basis, squares) in spectra.items():
+        eigenvalues = squares.sum(0)
+        whole = eigenvalues + damping * eigenvalues.mean()
+        found[name] = basis @ torch.diag(whole + (signs @ squares) ** 2 / whole) @ basis.T
+    return found
+
+
+def ekfac_dense(world: World) -> dict[str, Tensor]:
+    """Per layer, EK-FAC's Hessian as a dense matrix [OI, OI]."""
+    return dense_of(ekfac_spectra(world))
 
 
 def kfac_dense(world: World) -> dict[str, Tensor]:
@@ -273,22 +306,18 @@ def kfac_dense(world: World) -> dict[str, Tensor]:
 
 def diagonal_dense(world: World) -> dict[str, Tensor]:
     """Per layer, the mean of squared sequence gradients on the diagonal of a dense matrix."""
-    total = sum(total_tokens(world).values())
-    gradients, counts = weighted_gradients(world)
-    return {
-        name: torch.diag((counts[:, None] * g.flatten(1) ** 2).sum(0) / total)
-        for name, g in gradients.items()
-    }
+    return dense_of(diagonal_spectra(world))
 
 
 def logit_curvature(logits: Tensor, jacobian: Tensor) -> Tensor:
     """J^T (diag p - p p^T) J, summed over positions; logits [N, V], J [N V, weights].
 
-    Position by position: with all of them in one block-diagonal matrix it took most of the time of its tests.
+    diag p - p p^T is the sum over v of p_v (e_v - p)(e_v - p)^T; numpy computes half of what is symmetric.
     """
-    p = logits.detach().softmax(-1)
-    middle = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    return jacobian.T @ (middle @ jacobian.view(*p.shape, -1)).flatten(0, 1)
+    p = logits.detach().softmax(-1)[:, :, None]
+    parts = jacobian.view(*p.shape[:2], -1)
+    root = (p.sqrt() * (parts - p.mT @ parts)).flatten(0, 1).numpy()
+    return torch.from_numpy(root.T @ root)
 
 
 def gauss_newton_dense(world: World) -> dict[str, Tensor]:

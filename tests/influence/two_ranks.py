@@ -26,7 +26,7 @@ CASES = {
     "sketch": replace(BASE, factor_fraction=0.9, eigenvalue_fraction=0.3, sketch_fraction=0.4),
     "kept": replace(BASE, keep_layers=0.6),
     "auto": replace(BASE, sample_fraction="auto"),
-    "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=8),
+    "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=3),
     "bfloat16": replace(BASE, product_dtype="bfloat16", basis_dtype="bfloat16"),
 }
 

@@ -90,6 +90,7 @@ def write_run(
                 "first_position_share": {"layers.0.mlp.down_proj": 0.9},
                 "sequences": dict.fromkeys(domains, 100),
                 "factor_sequences": dict.fromkeys(domains, 37),
+                "eigenvalue_sequences": dict.fromkeys(domains, 53),
                 "tokens": dict.fromkeys(domains, 4321),
                 "reference_sequences": dict.fromkeys(capabilities, 64),
                 "reference_tokens": dict.fromkeys(capabilities, 2345),
@@ -249,7 +250,7 @@ def test_errors_in_the_figure(tmp_path: Path) -> None:
 
 def test_how_the_matrix_was_estimated(tmp_path: Path) -> None:
     page = Page(render_report(write_run(tmp_path / "run", FIVE, ["a"], 2)).read_text())
-    assert ["math", "100", "4,321", "37"] in page.rows and ["a", "64", "2,345"] in page.rows
+    assert ["math", "100", "4,321", "37", "53"] in page.rows and ["a", "64", "2,345"] in page.rows
     assert "Used: 500 sequences, added until it was enough." in page.text and "damping 0.1." in page.text
     assert "1 of 2 layers were left out" in page.text and "layers.1.mlp.down_proj" in page.text
     assert "2 iterations; relative residuals at the end 2.0e-03 to 3.0e-02" in page.text
@@ -379,7 +380,8 @@ def test_errors_of_an_older_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", ["a", "b"], ["a", "b"], 2)
     path = folder / "round_00" / "influence.json"
     influence = json.loads(path.read_text())
-    for key in ("sampling", "factor_sequences", "reference_sequences", "reference_tokens", "dropped_layers", "solver"):
+    newer = ("sampling", "factor_sequences", "eigenvalue_sequences", "reference_sequences", "reference_tokens")
+    for key in (*newer, "dropped_layers", "solver"):
         del influence[key]
     write(path, {**influence, "standard_errors": [[0.5, 0.25], [0.125, 1.0]]})
     page, run = Page(render_report(folder).read_text()), load_run(folder)
