@@ -28,8 +28,9 @@ CDF_CHUNK = 256
 """Positions whose distribution is held in float64 at a time when labels are drawn."""
 SCORE_CHUNK = 8
 """Sequences whose gradients are held at a time when they are scored."""
-OUTBOX_BYTES = 2**28
-"""Pairs that may wait on a rank before they go to the layers' owners."""
+OUTBOX_BYTES = 2**24
+"""Pairs that may wait on a rank before they go to the layers' owners: blocks of memory this small are used again, where
+glibc maps those above 32 MB anew each time."""
 
 
 @dataclass(frozen=True)
