@@ -37,6 +37,9 @@ TRAINING = {"global_batch_size": 8, "per_device_train_batch_size": 4, "use_cpu":
             "disable_tqdm": True}  # fmt: skip
 
 
+EARLY = {"sample_fraction": 1.0, "factor_fraction": 1.0, "eigenvalue_fraction": 0.1}
+
+
 def random_shape(draw: random.Random) -> dict[str, int]:
     """A Llama of proportions of its own, with 150 to 600 MB for its parts to show beside the interpreter's noise."""
     heads = draw.choice([4, 6, 8])
@@ -51,21 +54,20 @@ def random_shape(draw: random.Random) -> dict[str, int]:
     }
 
 
-def random_task(seed: int, sums: bool = False) -> Task:
+def random_task(seed: int, early: bool = False) -> Task:
     """Sizes that no one has chosen.
 
-    sums: of all sequences for the covariances, in the pass that gives the gradients; eigenvalues from fewer.
+    early: gradients come with covariances from all sequences, and eigenvalues from two halves of fewer.
     """
     draw = random.Random(seed)
-    rows = (LEAST_SEQUENCES + 1, LEAST_SEQUENCES + 4) if sums else (8, 14)
-    more = {"sample_fraction": 1.0, "factor_fraction": 1.0, "sketch_fraction": 0.1, "eigenvalue_fraction": 0.1}
+    rows = (LEAST_SEQUENCES + 1, LEAST_SEQUENCES + 4) if early else (8, 14)
     return Task(
         model=random_shape(draw),
-        domains={name: draw.randint(*rows) for name in ("a", "bb", "ccc")[: 2 if sums else draw.randint(2, 3)]},
+        domains={name: draw.randint(*rows) for name in ("a", "bb", "ccc")[: 2 if early else draw.randint(2, 3)]},
         references={name: draw.randint(6, 8) for name in ("r", "ss")[: draw.randint(1, 2)]},
         length=draw.choice([96, 128]),
         arguments=TRAINING,
-        influence={"batch_size": draw.choice([4, 8]), **(more if sums else {})},
+        influence={"batch_size": draw.choice([4, 8]), **(EARLY if early else {})},
     )
 
 
@@ -111,7 +113,7 @@ def compare(task: Task, phase: str, ranks: int, folder: Path, above: float = TOL
 def test_peaks_of_random_shapes(phase, number, tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")  # pytest shows it where the test fails
-    task = random_task(seed, sums=phase == "influence" and number == 1)
+    task = random_task(seed, early=phase == "influence" and number == 1)
     for ranks in (1, 2):
         compare(task, phase, ranks, tmp_path / str(ranks))
 
@@ -282,6 +284,25 @@ def test_statistics_are_split_among_owners_and_parts():
     assert turns.outer_parts == (1, 1) and turns.at_once == 2
     assert "domain gradients" not in [phase.name for phase in turns.outer]
     assert held(turns) <= 0.9 * held(whole)
+
+
+def test_two_halves_of_few_eigenvalues_are_within_the_budget():
+    """32 of 40 sequences: a second sum for each weight, which the capability's gradient takes the place of."""
+    keys = {f"influence__{key}": value for key, value in EARLY.items()}
+
+    def statistics(plan: Plan, name: str | None = None) -> int:
+        chosen = [phase.memory for phase in plan.outer if name in (None, phase.name)]
+        return max(memory.get("factors", 0) + memory.get("gradients", 0) for memory in chosen)
+
+    every = {**keys, "influence__eigenvalue_fraction": 1.0}
+    whole, few = (tiny_plan(blocks=4, **given) for given in (every, keys))
+    assert statistics(few, "eigenvalues") - statistics(whole, "eigenvalues") == 4 * 4 * 3 * MLP
+    assert statistics(few) == statistics(whole) == statistics(few, "eigenvalues")
+    for part, at_once in ((1.0, True), (0.9, False), (0.6, False), (0.4, False)):
+        budget = part * statistics(few)
+        plan = tiny_plan(blocks=4, **keys, influence__memory_budget=budget / 1e9)
+        assert (plan.at_once is None and plan.outer_parts == (1, 1)) == at_once
+        assert statistics(plan, "eigenvalues") <= budget
 
 
 def test_work_is_that_of_six_flops_per_weight_and_token():

@@ -80,6 +80,7 @@ class Curvatures:
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
         self.widest, self.available = widest, available
+        # Per owned layer D [], and the trace that the covariances' sequences have over that of the eigenvalues'.
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
         self.scale = 1.0
@@ -227,7 +228,10 @@ class Curvatures:
     def _halves(
         self, shapes: dict[str, tuple[int, int]], corrected: list[SequenceSet]
     ) -> tuple[float, Halves | None]:
-        """What tells the eigenvalues' noise, and what its variance is multiplied with: all sequences have none."""
+        """The second sums [O, I] per layer, and the finite-population factor of the domain that is left out most.
+
+        (0.0, None) where all sequences are used: then the eigenvalues have no noise.
+        """
         counts = zip(corrected, self.available, strict=True)
         left_out = [1 - len(some.rows) / every if every else 0.0 for some, every in counts]
         most = max(left_out)
@@ -237,7 +241,7 @@ class Curvatures:
         return most, Halves(zeros, [math.sqrt(share / most) for share in left_out])
 
     def _keep(self, name: str, eigenvalues_OI: Tensor, variances_OI: Tensor | None = None) -> None:
-        """Lambda and D. variances: of the eigenvalues about those of all sequences."""
+        """Puts Lambda and D where `of` finds them. variances: [O, I] of Lambda about that of all sequences."""
         self.damping[name] = damping_of(eigenvalues_OI, self.config.damping)
         if variances_OI is not None:
             eigenvalues_OI = without_noise(eigenvalues_OI, variances_OI, self.damping[name])

@@ -43,7 +43,8 @@ def damping_of(eigenvalues_OI: Tensor, relative: float) -> Tensor:
 def without_noise(eigenvalues_OI: Tensor, variances_OI: Tensor, damping: Tensor) -> Tensor:
     """Lambda', [O, I], for which 1 / (Lambda' + D) is on average, to second order, what it is without noise in Lambda.
 
-    1 / (Lambda + D) is convex: noise of variance v makes it larger by the factor 1 + v / (Lambda + D)^2.
+    1 / (Lambda + D) is convex: noise of variance v makes it larger by the factor 1 + v / (Lambda + D)^2 (Taylor's
+    second term; the delta method). Where both are zero it stays so.
 
     Args:
         variances_OI: v, at most Lambda^2.

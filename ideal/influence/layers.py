@@ -133,7 +133,9 @@ class Sizes:
     """Bytes that one group's owner holds."""
 
     factors: int
-    """Covariances, which become eigenbases in place, and eigenvalues; those of two halves of few sequences."""
+    """Covariances, which become eigenbases in place, and eigenvalues."""
+    halves: int
+    """A second sum for the eigenvalues of few sequences, while they are estimated."""
     gradient: int
     """One gradient, of a domain or a capability; its solution takes its place."""
 
@@ -142,14 +144,14 @@ def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
-    if config.factors in ("ekfac", "diagonal") and (config.eigenvalue_fraction < 1 or config.sample_fraction == "auto"):
-        factors *= 2
+    few = config.eigenvalue_fraction < 1 or config.sample_fraction == "auto"
+    halves = factors if few and config.factors in ("ekfac", "diagonal") else 0
     if config.factors in ("ekfac", "kfac"):
         squares = group.width**2 + sum(size**2 for size in group.outputs.values())
         # bfloat16 products rotate with a copy of the bases.
         copied = config.product_dtype == "bfloat16" and config.basis_dtype == "float32" and itemsize == 4
         factors += squares * (itemsize + 2 * copied)
-    return Sizes(factors, weights * itemsize)
+    return Sizes(factors, halves, weights * itemsize)
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,10 @@ def lay_out(
     """
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
-    factors = {name: size.factors for name, size in sizes.items()}
+    factors = {name: size.factors + size.halves for name, size in sizes.items()}
     # auto keeps the capabilities' gradients beside the V_r: it may need them again.
     together = domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
+    # The capabilities' gradients come where second halves were.
     whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
     if len(_parts(groups, owners, whole, budget)) == 1:
         return Layout([groups], [groups], together, in_turns=False, spilled=False)
@@ -204,7 +207,7 @@ def lay_out(
         and (parts := _parts(groups, owners, {name: count * size.gradient for name, size in sizes.items()}, room))
     ]
     if not found:
-        alone = {name: size.factors + counts[-1] * size.gradient for name, size in sizes.items()}
+        alone = {name: factors[name] + counts[-1] * size.gradient for name, size in sizes.items()}
         name = max(alone, key=alone.__getitem__)
         raise UserError(
             f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
