@@ -17,7 +17,7 @@ from validate_source import Averaging, Segment, clipped_rates, effective_factor,
 from ideal.influence import DomainSample, Examples, InfluenceConfig, compute_influence
 from ideal.influence.curvature import Curvatures
 from ideal.influence.ekfac import Curvature, damping_of, inner_products
-from ideal.influence.layers import Group, deal_out, shared_inputs, tracked_layers, widest
+from ideal.influence.layers import Group, deal_out, shared_inputs, tracked_layers
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
 from ideal.influence.samples import SequenceSet, draw_domain, whole_reference
@@ -118,7 +118,7 @@ class Probe:
             total = sum(pool.total for pool in pools)
             available = [len(pool.rows) for pool in pools]
             curvatures = Curvatures(
-                self.passes, self._products, store, self.config, total, widest(self.groups), available
+                self.passes, self._products, store, self.config, total, self.groups, available
             )
             curvatures.estimate(self.groups, pools, pools)
             return {

@@ -15,7 +15,7 @@ from ideal.distributed import all_reduce_
 from ideal.errors import UserError
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.ekfac import Curvature, damping_of, eigenbasis, kfac_eigenvalues, without_noise
-from ideal.influence.layers import Group
+from ideal.influence.layers import Group, widest
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
 from ideal.influence.samples import SequenceSet, how_many
@@ -69,17 +69,18 @@ class Curvatures:
         store: Store,
         config: InfluenceConfig,
         total: float,
-        widest: int,
+        groups: Sequence[Group],
         available: Sequence[int],
     ) -> None:
         """Args:
         total: T, the mixture's trained tokens, which the sequences' weights sum to.
-        widest: the largest dimension of a covariance.
+        groups: all that have a curvature, of all ranks.
         available: [n] sequences of each domain that eigenvalues might be estimated on.
         """
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
-        self.widest, self.available = widest, available
+        self.widest, self.layers = widest(groups), sum(len(group.layers) for group in groups)
+        self.available = available
         # Per owned layer D [], and the trace that the covariances' sequences have over that of the eigenvalues'.
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
@@ -130,7 +131,7 @@ class Curvatures:
         """
         sizes = {name: size for group in self.passes.owned(part) for name, size in group.outputs.items()}
         drawn = {
-            name: probes(name, size, self.passes.seed, self.passes.dtype, self.passes.device)
+            name: probes(name, size, self.layers, self.passes.seed, self.passes.dtype, self.passes.device)
             for name, size in sizes.items()
         }
         zero = torch.zeros((), dtype=torch.float64, device=self.passes.device)
@@ -248,7 +249,7 @@ class Curvatures:
         self.store.put("eigenvalues", name, eigenvalues_OI)
 
     def _set_scale(self) -> None:
-        """What Lambda and D are multiplied with: the layers' geometric mean, since one alone is told by few probes."""
+        """What Lambda and D are multiplied with: the layers' geometric mean, since one alone has few probes."""
         logs = torch.tensor([sum(map(math.log, self.ratios.values())), len(self.ratios)], dtype=torch.float64)
         total, count = all_reduce_(logs.to(self.passes.device)).tolist()
         self.scale = math.exp(total / count) if count else 1.0

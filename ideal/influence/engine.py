@@ -228,7 +228,7 @@ class _Engine:
     def run(self, store: Store) -> Influence:
         """All phases."""
         self.curvatures = Curvatures(
-            self.passes, self.products, store, self.config, self.total, self.widest, self._available()
+            self.passes, self.products, store, self.config, self.total, self.groups, self._available()
         )
         self._pick_sequences()
         if self.reuse:

@@ -20,8 +20,10 @@ from ideal.seeding import generator
 
 SUMS_PER_DIMENSION = 12
 """Sums that a covariance of k x k entries is estimated on, at least, as multiples of k (docs/performance.md)."""
-PROBES = 16
-"""Random vectors that traces are estimated with."""
+PROBES = 200
+"""Random vectors that the traces of all layers together are estimated with: one factor is taken from all of them."""
+LEAST_PROBES = 4
+"""Of them for each layer."""
 
 
 class Sketch:
@@ -71,7 +73,11 @@ class Sketch:
         )
 
 
-def probes(name: str, size: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """R [O, K] of the layer `name`: random signs / sqrt(K). The expectation of |R^T G|^2 is |G|^2 (Hutchinson 1990)."""
-    signs = 2.0 * generator(seed, name, "probes").integers(0, 2, (size, PROBES)) - 1
-    return on_device(signs / math.sqrt(PROBES), device, dtype)
+def probes(name: str, size: int, layers: int, seed: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """R [O, K] of the layer `name`: random signs / sqrt(K). The expectation of |R^T G|^2 is |G|^2 (Hutchinson 1990).
+
+    layers: how many have probes.
+    """
+    count = max(LEAST_PROBES, math.ceil(PROBES / layers))
+    signs = 2.0 * generator(seed, name, "probes").integers(0, 2, (size, count)) - 1
+    return on_device(signs / math.sqrt(count), device, dtype)

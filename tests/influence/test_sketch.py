@@ -85,10 +85,10 @@ def test_the_covariance_is_right_on_average():
 def test_a_trace_is_right_on_average():
     G = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     drawn = torch.stack(
-        [(probes("up", 12, seed, torch.float64, torch.device("cpu")).T @ G).square().sum() for seed in range(4000)]
+        [(probes("up", 12, 13, seed, torch.float64, torch.device("cpu")).T @ G).square().sum() for seed in range(4000)]
     )
     assert float((drawn.mean() - G.square().sum()).abs() * math.sqrt(len(drawn)) / drawn.std()) < 5
-    # 2 |G G^T|^2 / K is the variance's upper end (Avron and Toledo 2011); K = 16.
+    # 2 |G G^T|^2 / K is the variance's upper end (Avron and Toledo 2011); K = 16, 200 / 13 rounded up.
     assert float(drawn.std()) < 1.1 * math.sqrt(2 / 16) * float((G @ G.T).norm())
 
 
@@ -112,7 +112,7 @@ def scaled_to(dense, whole, part, seed=0):
         seen = []
         for these in (whole, part):
             gradients, counts = weighted_gradients(these)
-            R = probes(name, gradients[name].shape[1], seed, torch.float64, torch.device("cpu"))
+            R = probes(name, gradients[name].shape[1], len(dense), seed, torch.float64, torch.device("cpu"))
             seen.append(counts @ (R.T @ gradients[name]).square().sum((1, 2)))
         logs.append((seen[0] / seen[1]).log())
     return {name: matrix * torch.stack(logs).mean().exp() for name, matrix in dense.items()}
