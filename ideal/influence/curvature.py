@@ -14,7 +14,14 @@ from torch import Tensor
 from ideal.distributed import all_reduce_
 from ideal.errors import UserError
 from ideal.influence.config import InfluenceConfig
-from ideal.influence.ekfac import Curvature, damping_of, eigenbasis, kfac_eigenvalues, without_noise
+from ideal.influence.ekfac import (
+    Curvature,
+    damping_of,
+    eigenbasis,
+    kfac_eigenvalues,
+    without_basis_noise,
+    without_noise,
+)
 from ideal.influence.layers import Group, widest
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
@@ -85,6 +92,9 @@ class Curvatures:
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
         self.scale = 1.0
+        # The noise of the part's covariances, and per owned layer their eigenvalues [O] and [I].
+        self.noise = 0.0
+        self.spectra: dict[str, tuple[Tensor, Tensor]] = {}
 
     def estimate(
         self,
@@ -152,7 +162,7 @@ class Curvatures:
         zeros, owned = self.passes.zeros, self.passes.owned(part)
         inputs = {group.name: zeros(group.width, group.width) for group in owned}
         outputs = {name: zeros(size, size) for group in owned for name, size in group.outputs.items()}
-        sketch = self._sketch(factors)
+        sketch, self.noise = self._sketch(factors)
         accumulators: list[Accumulator] = [
             InputCovariance(inputs, self.products, sketch),
             OutputCovariance(outputs, self.products, sketch),
@@ -171,17 +181,20 @@ class Curvatures:
                 values_O, basis_O = of_outputs[name]
                 self.store.put("basis_O", name, basis_O)
                 bases[name] = basis_O, basis_I
+                self.spectra[name] = values_O, values_I
                 if self.config.factors == "kfac":
                     eigenvalues = kfac_eigenvalues(values_O, values_I, positions, self.total)
                     self._keep(name, eigenvalues.to(self.passes.dtype))
         return bases
 
-    def _sketch(self, factors: list[SequenceSet]) -> Sketch:
-        """Of as many sums as the widest layer asks for, whatever the configuration says."""
-        positions = sum(float(chosen.examples.positions[chosen.rows].sum()) for chosen in factors)
-        least = SUMS_PER_DIMENSION * self.widest / max(positions, 1.0)
+    def _sketch(self, factors: list[SequenceSet]) -> tuple[Sketch, float]:
+        """Of as many sums as the widest layer asks for, whatever the configuration says; and its noise."""
+        sizes = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in factors])
+        weights = np.concatenate([chosen.weights for chosen in factors])
+        least = SUMS_PER_DIMENSION * self.widest / max(float(sizes.sum()), 1.0)
         fraction = min(1.0, max(self.config.sketch_fraction, least))
-        return Sketch(fraction, [chosen.name for chosen in factors], self.passes.seed)
+        sketch = Sketch(fraction, [chosen.name for chosen in factors], self.passes.seed)
+        return sketch, sketch.noise(sizes, weights)
 
     def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:
         total /= positions
@@ -246,6 +259,8 @@ class Curvatures:
         self.damping[name] = damping_of(eigenvalues_OI, self.config.damping)
         if variances_OI is not None:
             eigenvalues_OI = without_noise(eigenvalues_OI, variances_OI, self.damping[name])
+        if self.noise and self.config.factors == "ekfac":
+            eigenvalues_OI = without_basis_noise(eigenvalues_OI, self.damping[name], *self.spectra[name], self.noise)
         self.store.put("eigenvalues", name, eigenvalues_OI)
 
     def _set_scale(self) -> None:

@@ -6,9 +6,10 @@ A layer's weight and its gradients are O x I (out x in), and so are the eigenval
     A = Q_A diag(l_A) Q_A^T  [I, I]        S = Q_S diag(l_S) Q_S^T  [O, O]
     H V = Q_S [ Lambda * (Q_S^T V Q_A) ] Q_A^T
 
-Suffixes: I in, O out, K any number of gradients.
+Suffixes: I in, O out, K any number of gradients, k either of I and O.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,10 @@ from torch import Tensor
 
 SUM_CHUNK = 2**18
 """Entries of a gradient that are held in float64 at a time."""
+DENSITY_WIDTH = 0.1
+"""Of the kernel, in log l, that a spectrum's density is estimated with; a third or three times it changes little."""
+SMALLEST = 1e-7
+"""Smaller eigenvalues than this part of the largest are taken to be it where a density is asked for."""
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +56,59 @@ def without_noise(eigenvalues_OI: Tensor, variances_OI: Tensor, damping: Tensor)
         damping: D, [].
     """
     return eigenvalues_OI + variances_OI / (eigenvalues_OI + damping).clamp_min(torch.finfo(damping.dtype).tiny)
+
+
+def overlaps(values_k: Tensor, noise: float) -> Tensor:
+    """c_ij^2, [k, k], as expected of the i-th eigenvector of a noisy covariance and the j-th of the exact one, i != j.
+
+    theta l_i l_j / ((l_i - l_j)^2 + G_i G_j), G_i = pi theta l_i (dN / dlog l)(l_i): first-order perturbation theory
+    for eigenvalues far apart, and for neighbours what eigenvectors of large random matrices do (Ledoit and Peche 2011,
+    arXiv 0911.3010; Bun, Bouchaud and Potters 2018, arXiv 1603.04364). On the diagonal minus the sum of a row's others:
+    applied to a function of l, the matrix says how noise changes it.
+
+    Args:
+        values_k: l, none negative.
+        noise: theta, for which the variance of the entry (i, j) in the exact eigenbasis is theta l_i l_j.
+    """
+    floor = (SMALLEST * values_k.max()).clamp_min(torch.finfo(values_k.dtype).tiny)
+    values_k = values_k.clamp_min(floor)
+    apart_kk = values_k.log()[:, None] - values_k.log()
+    density_k = (DENSITY_WIDTH / math.pi) * apart_kk.square_().add_(DENSITY_WIDTH**2).reciprocal_().sum(1)
+    spread_k = math.pi * noise * density_k
+    # Numerator and denominator are divided by l_i l_j, which may be too small a number.
+    ratio_kk = values_k.sqrt()[:, None] / values_k.sqrt()
+    distance_kk = (ratio_kk - ratio_kk.mT).square_().add_(torch.outer(spread_k, spread_k))
+    overlaps_kk = noise / distance_kk
+    overlaps_kk.fill_diagonal_(0.0)
+    return overlaps_kk - torch.diag(overlaps_kk.sum(1))
+
+
+def without_basis_noise(
+    eigenvalues_OI: Tensor, damping: Tensor, values_O: Tensor, values_I: Tensor, noise: float
+) -> Tensor:
+    """Lambda', [O, I], for which noisy bases give on average, to first order, the inverse that exact ones would.
+
+    Noisy bases mix directions: eigenvalues in them are C lambda, flatter than lambda, and what is divided by them is
+    spread out too. The inverse is right on average if C g = 1 / (lambda + D) for what stands in place of
+    1 / (C lambda + D): to first order g = 1 / (lambda + D) - (C - 1) / (lambda + D). Which is how many times as large
+    is asked of the Kronecker product of the covariances' eigenvalues, which is smooth; Lambda + D is divided by that.
+
+    Args:
+        damping: D, [].
+        values_O, values_I: eigenvalues of the noisy S and A.
+        noise: theta of both (`overlaps`).
+    """
+    dtype, mean = eigenvalues_OI.dtype, eigenvalues_OI.mean()
+    tiny = torch.finfo(dtype).tiny
+    mixing_O, mixing_I = (overlaps(values.to(dtype), noise) for values in (values_O, values_I))
+    output_O = values_O.to(dtype) / values_O.mean().to(dtype).clamp_min(tiny)
+    input_I = values_I.to(dtype) / values_I.mean().to(dtype).clamp_min(tiny) * mean
+    exact_OI = torch.outer(output_O, input_I) + damping
+    seen_OI = exact_OI + torch.outer(mixing_O @ output_O, input_I) + torch.outer(output_O, mixing_I @ input_I)
+    inverse_OI = exact_OI.clamp_min(tiny).reciprocal()
+    better_OI = inverse_OI - mixing_O @ inverse_OI - inverse_OI @ mixing_I
+    damped_OI = (eigenvalues_OI + damping) / (better_OI * seen_OI)
+    return torch.where(mean > 0, damped_OI - damping, 0.0)
 
 
 def inner_products(left_KOI: Tensor, right_LOI: Tensor) -> Tensor:

@@ -50,6 +50,21 @@ class Sketch:
             x_nI.addcmul_(x_NI.index_select(0, places_n).to(signs.dtype), signs_n[:, None])
         return x_nI, sums
 
+    def noise(self, sizes: np.ndarray, weights: np.ndarray) -> float:
+        """theta: the entry (i, j) of a covariance, in its exact eigenbasis, has about the variance theta l_i l_j.
+
+        Two positions in the same sum leave x y^T + y x^T over: entries whose squares are 2 l_i l_j on average, as far
+        as positions that share a sum are no more alike than others.
+
+        Args:
+            sizes: [m] positions of the sequences.
+            weights: [m] how much each counts.
+        """
+        counts = np.maximum(np.ceil(self.fraction * sizes), 1)
+        fewer, longer = sizes // counts, sizes % counts
+        pairs = longer * (fewer + 1) * fewer + (counts - longer) * fewer * (fewer - 1)
+        return float(weights**2 @ pairs / (weights @ sizes) ** 2)
+
     def _dealt(self, positions: Positions) -> tuple[Positions, Tensor, Tensor]:
         """The sums' sequences, and of each sum the positions and their signs [most, n] (0: none)."""
         counts = [math.ceil(self.fraction * size) for size in positions.sizes]

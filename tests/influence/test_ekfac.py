@@ -1,9 +1,19 @@
 """The pure functions against Kronecker products that are built and inverted as they are."""
 
+import math
+
 import pytest
 import torch
 
-from ideal.influence.ekfac import Curvature, damping_of, eigenbasis, kfac_eigenvalues, without_noise
+from ideal.influence.ekfac import (
+    Curvature,
+    damping_of,
+    eigenbasis,
+    kfac_eigenvalues,
+    overlaps,
+    without_basis_noise,
+    without_noise,
+)
 
 OUT, IN, POSITIONS, TOKENS = 5, 7, 30.0, 11.0
 
@@ -60,6 +70,72 @@ def test_noise_does_not_enlarge_the_damped_inverse():
         corrected = (1 / (without_noise(eigenvalues, variances, damping) + damping)).mean() / exact - 1
         assert plain > 0.8 * 0.01 * exact**2 and abs(corrected) < 0.2 * plain
     assert (without_noise(torch.zeros(3), torch.zeros(3), torch.tensor(0.0)) == 0).all()
+
+
+def noisy(values, samples, draws, seed):
+    """Covariances of normal samples: theta is 1 / samples, and the exact eigenvectors are the unit vectors."""
+    x = torch.randn(draws, samples, len(values), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    x *= values.sqrt()
+    return torch.linalg.eigh(x.mT @ x / samples)
+
+
+def test_overlaps_of_distant_eigenvalues():
+    """20 eigenvalues from 1 to 100, 2,000 samples, 4,000 draws.
+
+    Of a normal draw's square the standard error is sqrt(2 / 4,000); the second order is theta x 20 / distance, here up
+    to a quarter for neighbours.
+    """
+    values = torch.logspace(0, 2, 20, dtype=torch.float64)
+    _, vectors = noisy(values, 2000, 4000, 0)
+    found, drawn = overlaps(values, 1 / 2000), vectors.square().mean(0).mT
+    assert bool((found.sum(1).abs() < 1e-15).all())
+    apart = (torch.arange(20)[:, None] - torch.arange(20)).abs()
+    for least, within in ((1, 0.25), (3, 0.15)):
+        ratio = (drawn / found)[apart >= least]
+        assert bool(((ratio - 1).abs() < within + 5 * math.sqrt(2 / 4000)).all())
+
+
+def test_overlaps_of_a_dense_spectrum():
+    """What 100 eigenvalues between 1 and 10 become in bases of 1,000 samples, where neighbours mix completely."""
+    values = torch.logspace(0, 1, 100, dtype=torch.float64)
+    _, vectors = noisy(values, 1000, 200, 1)
+    for function in (values, 1 / values):
+        drawn = (vectors.square().mT @ function).mean(0) - function
+        found = overlaps(values, 1 / 1000) @ function
+        # First order in theta k = 0.1.
+        assert float((found - drawn).norm()) < 0.2 * float(drawn.norm())
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize(("rough", "left"), [(0.0, 0.2), (0.5, 0.75)])
+def test_noise_of_bases_does_not_change_the_inverse(damping, rough, left):
+    """S (x) A of 40 x 30 with bases from 12 samples per dimension, 60 draws, gradients of two spectra.
+
+    The first order (theta k = 0.08 and 0.06) is taken out, and a fifth of it may be left of higher ones; more where
+    Lambda is not the smooth Kronecker product that noise is thought to act on.
+    """
+    rng = torch.Generator().manual_seed(3)
+    outputs, inputs = torch.logspace(0, 3, 40, dtype=torch.float64), torch.logspace(0, 2.5, 30, dtype=torch.float64)
+    eigenvalues = torch.outer(outputs, inputs) * (rough * torch.randn(40, 30, dtype=torch.float64, generator=rng)).exp()
+    D = damping_of(eigenvalues, damping)
+    of_outputs, of_inputs = noisy(outputs, 480, 60, 4), noisy(inputs, 480, 60, 5)
+    spread = of_outputs[1].square().mT, of_inputs[1].square()
+    seen = spread[0] @ eigenvalues @ spread[1]
+    for power in (1.0, 1.5):
+        squares = eigenvalues**power
+        exact = (squares / (eigenvalues + D)).sum()
+        met = spread[0] @ squares @ spread[1]
+        plain = float((met / (seen + D)).sum((1, 2)).mean() / exact) - 1
+        better = [
+            (one / (without_basis_noise(found, D, values_O, values_I, 1 / 480) + D)).sum()
+            for one, found, values_O, values_I in zip(met, seen, of_outputs[0], of_inputs[0], strict=True)
+        ]
+        assert plain > 0.01 and abs(float(torch.stack(better).mean() / exact) - 1) < left * plain
+
+
+def test_a_layer_without_curvature_keeps_none():
+    nothing = torch.zeros(3, 2), torch.tensor(0.0), torch.zeros(3, dtype=torch.float64), torch.zeros(2)
+    assert bool((without_basis_noise(*nothing, 0.01) == 0).all())
 
 
 def test_eigenbasis_diagonalises_and_keeps_the_data_type(factors):
