@@ -33,8 +33,8 @@ class InfluenceConfig:
     joint solver), and 48 positions for each dimension of the widest layer, or all."""
     sketch_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
-    what they give is as right on average, and worth more than all positions of so many fewer sequences. At least 12
-    sums for each dimension of the widest layer. 1: every position stands alone."""
+    worth more than all positions of so many fewer sequences. With EK-FAC their noise is taken out to first order. At
+    least 12 sums for each dimension of the widest layer. 1: every position stands alone."""
     eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
     all; 32 where the covariances are estimated on more, which then tell the trace. Fewer are faster, and may make the
