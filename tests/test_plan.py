@@ -65,7 +65,7 @@ def random_task(seed: int, early: bool = False) -> Task:
         model=random_shape(draw),
         domains={name: draw.randint(*rows) for name in ("a", "bb", "ccc")[: 2 if early else draw.randint(2, 3)]},
         references={name: draw.randint(6, 8) for name in ("r", "ss")[: draw.randint(1, 2)]},
-        length=draw.choice([96, 128]),
+        length=draw.choice([48, 64] if early else [96, 128]),  # its domains are larger
         arguments=TRAINING,
         influence={"batch_size": draw.choice([4, 8]), **(EARLY if early else {})},
     )
