@@ -82,15 +82,16 @@ def noisy(values, samples, draws, seed):
 def test_overlaps_of_distant_eigenvalues():
     """20 eigenvalues from 1 to 100, 2,000 samples, 4,000 draws.
 
-    Of a normal draw's square the standard error is sqrt(2 / 4,000); the second order is theta x 20 / distance, here up
-    to a quarter for neighbours.
+    Of a normal draw's square the standard error is sqrt(2 / 4,000). To second order 1 / distance^2 grows by three times
+    the variance of the distance, 4 theta, over its square: by 0.10 for neighbours (0.24 apart) and 0.01 for the third;
+    and all lose what the others of their row have, 0.04.
     """
     values = torch.logspace(0, 2, 20, dtype=torch.float64)
     _, vectors = noisy(values, 2000, 4000, 0)
     found, drawn = overlaps(values, 1 / 2000), vectors.square().mean(0).mT
     assert bool((found.sum(1).abs() < 1e-15).all())
     apart = (torch.arange(20)[:, None] - torch.arange(20)).abs()
-    for least, within in ((1, 0.25), (3, 0.15)):
+    for least, within in ((1, 0.14), (3, 0.05)):
         ratio = (drawn / found)[apart >= least]
         assert bool(((ratio - 1).abs() < within + 5 * math.sqrt(2 / 4000)).all())
 
@@ -107,12 +108,12 @@ def test_overlaps_of_a_dense_spectrum():
 
 
 @pytest.mark.parametrize("damping", [0.01, 0.1, 1.0])
-@pytest.mark.parametrize(("rough", "left"), [(0.0, 0.2), (0.5, 0.75)])
+@pytest.mark.parametrize(("rough", "left"), [(0.0, 0.2), (0.5, 1.0)])
 def test_noise_of_bases_does_not_change_the_inverse(damping, rough, left):
     """S (x) A of 40 x 30 with bases from 12 samples per dimension, 60 draws, gradients of two spectra.
 
-    The first order (theta k = 0.08 and 0.06) is taken out, and a fifth of it may be left of higher ones; more where
-    Lambda is not the smooth Kronecker product that noise is thought to act on.
+    The first order (theta k = 0.08 and 0.06) is taken out, and a fifth of it may be left of higher ones. Where
+    Lambda is not the smooth Kronecker product that noise is thought to act on, it is at least no worse than without.
     """
     rng = torch.Generator().manual_seed(3)
     outputs, inputs = torch.logspace(0, 3, 40, dtype=torch.float64), torch.logspace(0, 2.5, 30, dtype=torch.float64)
