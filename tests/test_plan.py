@@ -24,8 +24,8 @@ from ideal.distributed import rehearsed, world_size
 from ideal.errors import UserError
 from ideal.footprint import Footprint, fake
 from ideal.influence import DomainSample
-from ideal.influence.pairs import KeptPairs
 from ideal.influence.samples import LEAST_SEQUENCES
+from ideal.influence.scratch import ScratchFile
 from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
 from ideal.plan import CannotPlan, Counts, DataSizes, Plan, _mean_longest, long_text, make_plan
 from main import ARGUMENTS
@@ -151,8 +151,14 @@ def test_disk_of_kept_pairs(influence, tmp_path, monkeypatch):
     settings = {"batch_size": 4, "pair_budget": 1, **influence}
     task = Task(dict(peaks.TINY), {"a": 50, "bb": 60}, {"r": 40}, 64, TRAINING, settings)
     sizes = []
-    forget = KeptPairs._forget
-    monkeypatch.setattr(KeptPairs, "_forget", lambda self: (sizes.append(getattr(self, "end", 0)), forget(self))[1])
+    write = ScratchFile.write
+
+    def noted(self, *args):
+        block = write(self, *args)
+        sizes.append(self.end)
+        return block
+
+    monkeypatch.setattr(ScratchFile, "write", noted)
     peaks.run_influence(task, peaks.make_model(task.model, tmp_path / "model"), tmp_path)
     assert planned(task, 1).disk["pairs of sequences"] == max(sizes) > 0
 

@@ -11,10 +11,9 @@ On a GPU that is no gain: a layer of 4,096 x 14,336 weights takes 0.6 us per pos
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from ideal.distributed import world_size
 from ideal.errors import UserError
 from ideal.influence.layers import Group
 from ideal.influence.samples import SequenceSet
+from ideal.influence.scratch import Block, Rows, ScratchFile
 from ideal.influence.statistics import Accumulator, Positions
 
 DEFAULT_GIGABYTES = 32.0
@@ -63,16 +63,6 @@ def _in_memory(folder: str) -> bool:
     return max(around, default=(0, ""))[1] in IN_MEMORY
 
 
-@dataclass(frozen=True)
-class Block:
-    """A tensor in the file."""
-
-    start: int
-    width: int
-    """Numbers per position."""
-    dtype: torch.dtype
-
-
 @dataclass
 class _Step:
     """The pairs of one batch: of each group the input, and d of its layers."""
@@ -92,7 +82,7 @@ class KeptPairs:
         dtype: what pairs are kept in; None: what their layer computes in.
         """
         self.owners, self.room, self.dtype = owners, room, dtype
-        self.file: IO[bytes] | None = None
+        self.file: ScratchFile | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -104,17 +94,18 @@ class KeptPairs:
         self.keys: list[_Key] = []
         self.step_of: Positions | None = None
         self.ranges: list[tuple[int, int]] = []
-        # Bytes: admitted at the rank that writes most, and written here.
+        # Bytes admitted at the rank that writes most.
         self.used = 0.0
-        self.end = 0
+        if self.file is not None:
+            with self._explained():
+                self.file.clear()
 
     def close(self) -> None:
         """Drops everything."""
-        self._forget()
         if self.file is not None:
-            with suppress(OSError):  # all that was needed of it has been read
-                self.file.close()
+            self.file.close()
             self.file = None
+        self._forget()
 
     # Which sequences: decided from what all ranks know
 
@@ -205,53 +196,38 @@ class KeptPairs:
                 continue
             positions, ranges = step.positions.picked(places[step.key], weights[step.key])
             if positions.sizes:
-                for group, of_input, of_outputs in step.groups:
-                    x_NI = self._read(of_input, ranges).to(device)
-                    outputs = {name: self._read(block, ranges).to(device) for name, block in of_outputs.items()}
+                for group, x_NI, outputs in self._read(step, ranges):
+                    x_NI, outputs = x_NI.to(device), {name: d_NO.to(device) for name, d_NO in outputs.items()}
                     for accumulator in accumulators:
                         accumulator.add(group, x_NI, outputs, positions)
             yield
 
     def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
-        parts = [tensor[start:end].to("cpu", dtype).contiguous() for start, end in self.ranges]
-        block = Block(self.end, tensor.shape[1], dtype)
-        try:
+        with self._explained():
             if self.file is None:
-                self.file = tempfile.TemporaryFile(prefix="ideal-pairs-", buffering=0)
-            self.file.seek(block.start)
-            for part in parts:
-                rest = part.view(torch.uint8).numpy().data.cast("B")
-                self.end += len(rest)
-                while rest:
-                    rest = rest[self.file.write(rest) :]
-        except OSError as error:
-            raise self._failed(error) from error
-        return block
+                self.file = ScratchFile()
+            return self.file.write(tensor, self.ranges, dtype)
 
-    def _read(self, block: Block, ranges: Sequence[tuple[int, int]]) -> Tensor:
-        """[N, width], the rows of `ranges`."""
+    def _read(self, step: _Step, rows: Rows) -> Iterator[tuple[Group, Tensor, dict[str, Tensor]]]:
+        """Of each group the input, and d of its layers."""
         assert self.file is not None
-        tensor = torch.empty(sum(end - start for start, end in ranges), block.width, dtype=block.dtype)
-        rest = tensor.view(torch.uint8).numpy().data.cast("B")
-        row = block.width * block.dtype.itemsize
-        try:
-            for start, end in ranges:
-                self.file.seek(block.start + start * row)
-                wanted = (end - start) * row
-                while wanted:
-                    count = self.file.readinto(rest[:wanted])  # type: ignore[attr-defined]
-                    if not count:
-                        raise OSError("the file ends too early")
-                    rest, wanted = rest[count:], wanted - count
-        except OSError as error:
-            raise self._failed(error) from error
-        return tensor
+        tensors = self.file.read_ahead(([of_input, *outputs.values()], rows) for _, of_input, outputs in step.groups)
+        for group, _, outputs in step.groups:
+            with self._explained():
+                x_NI, *every_NO = next(tensors)
+            yield group, x_NI, dict(zip(outputs, every_NO, strict=True))
 
-    def _failed(self, error: OSError) -> UserError:
-        return UserError(
-            f"influence.pair_budget: the temporary file of {self.end / 1e9:.1f} GB in {tempfile.gettempdir()} failed"
-            f" ({error}); set a smaller budget (0: no file), or TMPDIR to another folder"
-        )
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Says what to do about a disk that fails."""
+        try:
+            yield
+        except OSError as error:
+            size = 0 if self.file is None else self.file.end
+            raise UserError(
+                f"influence.pair_budget: the temporary file of {size / 1e9:.1f} GB in {tempfile.gettempdir()} failed"
+                f" ({error}); set a smaller budget (0: no file), or TMPDIR to another folder"
+            ) from error
 
 
 def _divided(sets: Sequence[SequenceSet], masks: Sequence[np.ndarray]) -> tuple[list[SequenceSet], list[SequenceSet]]:

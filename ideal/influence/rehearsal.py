@@ -21,10 +21,11 @@ from ideal.footprint import Footprint, Work
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
-from ideal.influence.pairs import Block, KeptPairs
+from ideal.influence.pairs import KeptPairs
 from ideal.influence.passes import Passes
 from ideal.influence.products import Products
 from ideal.influence.samples import SequenceSet
+from ideal.influence.scratch import BUFFER_BYTES, Block
 from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen
 from ideal.influence.storage import Store
 
@@ -191,6 +192,8 @@ class _RehearsedPairs(KeptPairs):
 
     most = 0.0
     """Bytes on disk at the fullest."""
+    buffers: Sequence[Tensor] = ()
+    """On their way there."""
 
     def admit(
         self, groups: Sequence[Group], sets: Sequence[SequenceSet], again: Sequence[SequenceSet], drawn: bool
@@ -206,6 +209,8 @@ class _RehearsedPairs(KeptPairs):
         return kept(positions, group.width), {name: kept(positions, size) for name, size in group.outputs.items()}
 
     def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
+        if not self.buffers:
+            self.buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         tensor.to(dtype)  # a copy, if it is one
         return Block(0, tensor.shape[1], dtype)
 
@@ -249,9 +254,13 @@ class _RehearsedPasses(Passes):
         """Notes memory and work of all steps of `sets`."""
 
         def step(chosen: Sequence[SequenceSet], accumulators: Sequence[Accumulator]) -> None:
+            mine = self.owned(groups)
             for batch in self.batches(chosen, drawn=False):
-                for group in self.owned(groups):
-                    x_NI, outputs = self.pairs.read(group, sum(batch.positions.sizes))
+                read = (self.pairs.read(group, sum(batch.positions.sizes)) for group in mine)
+                ahead = next(read, None)
+                for group in mine:
+                    assert ahead is not None
+                    (x_NI, outputs), ahead = ahead, next(read, None)
                     for accumulator in accumulators:
                         accumulator.add(group, x_NI, outputs, batch.positions)
 
