@@ -83,24 +83,40 @@ def broadcast_(tensor: torch.Tensor, source: int) -> torch.Tensor:
     return tensor
 
 
-def exchange(tensors: list[list[torch.Tensor]], counts: list[int], like: torch.Tensor) -> list[torch.Tensor]:
-    """Sends `tensors[r]` to every rank r; returns what the ranks sent here, `counts[r]` numbers from r, flat.
+def exchange(
+    tensors: list[list[torch.Tensor]], counts: list[int], like: torch.Tensor
+) -> Callable[[], list[torch.Tensor]]:
+    """Begins to send `tensors[r]` to every rank r.
 
-    like: of the data type and on the device of all of them.
+    Args:
+        counts: how many numbers each rank sends here.
+        like: of the data type and on the device of all of them.
+
+    Returns:
+        What waits for the numbers that the ranks send here, and gives those of each, flat; to be called once.
     """
     sent = torch.cat([like.new_empty(0), *(tensor.flatten() for to_one in tensors for tensor in to_one)])
     received = like.new_empty(sum(counts))
-    if _rehearsed is not None:
-        return list(received.split(counts))
     # As bytes, since gloo does not know every data type.
     size = sent.element_size()
-    dist.all_to_all_single(
-        received.view(torch.uint8),
-        sent.view(torch.uint8),
-        [count * size for count in counts],
-        [sum(tensor.numel() for tensor in to_one) * size for to_one in tensors],
-    )
-    return list(received.split(counts))
+    work = None
+    if _rehearsed is None:
+        work = dist.all_to_all_single(
+            received.view(torch.uint8),
+            sent.view(torch.uint8),
+            [count * size for count in counts],
+            [sum(tensor.numel() for tensor in to_one) * size for to_one in tensors],
+            async_op=True,
+        )
+    kept = [sent]
+
+    def arrived() -> list[torch.Tensor]:
+        if work is not None:
+            work.wait()
+        kept.clear()
+        return list(received.split(counts))
+
+    return arrived
 
 
 def all_gather_objects(value: Result) -> list[Result]:

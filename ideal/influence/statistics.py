@@ -412,6 +412,17 @@ class _Pairs:
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass
+class _Shipment:
+    """Pairs that are on their way to their owners, while the model goes on."""
+
+    arrived: Callable[[], list[Tensor]]
+    own: list[tuple[Group, _Pairs]]
+    """This rank's part of what it will have."""
+    positions: Positions
+    accumulators: Sequence[Accumulator]
+
+
 class Tracker:
     """Runs batches through a model and hands the (x, d) pairs of its tracked layers to their owners."""
 
@@ -429,11 +440,12 @@ class Tracker:
         self.accumulators: Sequence[Accumulator] = ()
         self.pending: dict[str, _Pairs] = {}
         self.outbox: list[tuple[Group, _Pairs]] = []
+        self.under_way: _Shipment | None = None
         self.selected = False
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hooks on the tracked layers, for as long as it lasts."""
+        """Hooks on the tracked layers, for as long as it lasts; after it the accumulators have all pairs."""
         handles = [layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         tracked = set(self.layers.values())
@@ -441,6 +453,7 @@ class Tracker:
             handles.append(head.register_forward_pre_hook(self._select))
         try:
             yield
+            self._unload()
         finally:
             for handle in handles:
                 handle.remove()
@@ -510,7 +523,7 @@ class Tracker:
     def _complete(self, group: Group) -> None:
         pairs = self.pending.pop(group.name)
         if world_size() == 1:
-            self._accumulate(group, pairs)
+            _accumulate(group, pairs, self.batch.positions, self.accumulators)
             return
         self.outbox.append((group, pairs))
         # A function of what all ranks know, so that all send at the same time.
@@ -519,40 +532,53 @@ class Tracker:
             self._deliver()
 
     def _deliver(self) -> None:
-        """Sends the waiting pairs to their owners, and accumulates what arrives."""
+        """Sends the waiting pairs to their owners, and accumulates what was sent before them."""
         if not self.outbox:
             return
-        mine = [(group, pairs) for group, pairs in self.outbox if self.owners[group.name] == rank()]
+        positions = self.batch.positions
+        own = [(group, pairs) for group, pairs in self.outbox if self.owners[group.name] == rank()]
         sent: list[list[Tensor]] = [[] for _ in range(world_size())]
         for group, pairs in self.outbox:
             if self.owners[group.name] != rank():
                 sent[self.owners[group.name]] += [pairs.x, *pairs.outputs.values()]
-        width = sum(_width(group, pairs) for group, pairs in mine)
-        counts = [0 if other == rank() else size * width for other, size in enumerate(self.batch.positions.ranks)]
-        arrived = exchange(sent, counts, self.outbox[0][1].x)
+        width = sum(_width(group, pairs) for group, pairs in own)
+        counts = [0 if other == rank() else size * width for other, size in enumerate(positions.ranks)]
+        shipment = _Shipment(exchange(sent, counts, self.outbox[0][1].x), own, positions, self.accumulators)
         self.outbox.clear()
-        offsets = [0] * world_size()
-        for group, pairs in mine:
-            self._accumulate(group, self._unpack(arrived, offsets, group, pairs))
+        self._unload()
+        self.under_way = shipment
 
-    def _unpack(self, arrived: list[Tensor], offsets: list[int], group: Group, pairs: _Pairs) -> _Pairs:
-        """All ranks' pairs of a group, with this rank's own, laid end to end; moves the offsets on."""
-        tensors = []
-        for own in (pairs.x, *pairs.outputs.values()):
-            parts = []
-            for number, count in enumerate(self.batch.positions.ranks):
-                if number == rank():
-                    parts.append(own)
-                    continue
-                start = offsets[number]
-                offsets[number] += own.shape[1] * count
-                parts.append(arrived[number][start : offsets[number]].view(count, own.shape[1]))
-            tensors.append(torch.cat(parts))
-        return _Pairs(tensors[0], dict(zip(pairs.outputs, tensors[1:], strict=True)))
+    @torch.no_grad()
+    def _unload(self) -> None:
+        """Accumulates what is under way, once it is here."""
+        shipment, self.under_way = self.under_way, None
+        if shipment is None:
+            return
+        arrived, offsets = shipment.arrived(), [0] * world_size()
+        for group, own in shipment.own:
+            pairs = _unpack(arrived, offsets, own, shipment.positions)
+            _accumulate(group, pairs, shipment.positions, shipment.accumulators)
 
-    def _accumulate(self, group: Group, pairs: _Pairs) -> None:
-        for accumulator in self.accumulators:
-            accumulator.add(group, pairs.x, pairs.outputs, self.batch.positions)
+
+def _unpack(arrived: list[Tensor], offsets: list[int], own: _Pairs, positions: Positions) -> _Pairs:
+    """All ranks' pairs of a group, with this rank's own, laid end to end; moves the offsets on."""
+    tensors = []
+    for mine in (own.x, *own.outputs.values()):
+        parts = []
+        for number, count in enumerate(positions.ranks):
+            if number == rank():
+                parts.append(mine)
+                continue
+            start = offsets[number]
+            offsets[number] += mine.shape[1] * count
+            parts.append(arrived[number][start : offsets[number]].view(count, mine.shape[1]))
+        tensors.append(torch.cat(parts))
+    return _Pairs(tensors[0], dict(zip(own.outputs, tensors[1:], strict=True)))
+
+
+def _accumulate(group: Group, pairs: _Pairs, positions: Positions, accumulators: Sequence[Accumulator]) -> None:
+    for accumulator in accumulators:
+        accumulator.add(group, pairs.x, pairs.outputs, positions)
 
 
 def _width(group: Group, pairs: _Pairs) -> int:
