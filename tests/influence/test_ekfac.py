@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -73,10 +74,15 @@ def test_noise_does_not_enlarge_the_damped_inverse():
 
 
 def noisy(values, samples, draws, seed):
-    """Covariances of normal samples: theta is 1 / samples, and the exact eigenvectors are the unit vectors."""
-    x = torch.randn(draws, samples, len(values), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    x *= values.sqrt()
-    return torch.linalg.eigh(x.mT @ x / samples)
+    """Covariances of normal samples: theta is 1 / samples, and the exact eigenvectors are the unit vectors.
+
+    They are drawn as L L^T with Bartlett's triangular L: normal numbers under roots of chi-square ones.
+    """
+    draw, size = np.random.default_rng(seed), len(values)
+    L = np.tril(draw.standard_normal((draws, size, size)), -1)
+    L[:, range(size), range(size)] = np.sqrt(draw.chisquare(samples - np.arange(size), (draws, size)))
+    half = values.sqrt()[:, None] * torch.from_numpy(L)
+    return torch.linalg.eigh(half @ half.mT / samples)
 
 
 def test_overlaps_of_distant_eigenvalues():

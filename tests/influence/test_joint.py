@@ -401,8 +401,8 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
 
 
 def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
-    """Solved to 1e-9, so entries are off by about that times the root of the condition number, some ten. (At damping 1:
-    at .1, where the empirical Fisher is far below H, that takes minutes.)"""
+    """Solved to 1e-9, so entries are off by about that times the root of the condition number, some ten. (At
+    damping 10: at .1, where the empirical Fisher is far below H, that takes minutes.)"""
     world = make_world(count=24)
     pattern = "*.mlp.[dg]*_proj"
     layers = {name: world.model.get_submodule(name) for name in weights_of(world.model, pattern)}
@@ -412,12 +412,12 @@ def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
     shares = tokens / tokens.sum()
     dense = joint_dense(world.model, *map(list, zip(*counted, strict=True)), layers) / tokens.sum()
     blocks = ekfac_dense(world)
-    damping = {name: float(blocks[name].trace()) / len(blocks[name]) for name in layers}
+    damping = {name: 10 * float(blocks[name].trace()) / len(blocks[name]) for name in layers}
     W = torch.linalg.solve(dense + damping_matrix(layers, damping), joined(of_domains).T)
 
     monkeypatch.setattr(engine, "JOINT_RESIDUAL", 1e-9)
     config = InfluenceConfig(
-        sample_fraction=1.0, factor_fraction=1.0, damping=1.0, solver="cg", solver_iterations=400, batch_size=100,
+        sample_fraction=1.0, factor_fraction=1.0, damping=10.0, solver="cg", solver_iterations=400, batch_size=100,
         layers=[pattern],
     )  # fmt: skip
     found = compute_influence(world.model, world.domains, world.references, config, seed=0)
