@@ -99,7 +99,7 @@ def exchange(
     received = like.new_empty(sum(counts))
     # As bytes, since gloo does not know every data type.
     size = sent.element_size()
-    work = None
+    work: dist.Work | None = None
     if _rehearsed is None:
         work = dist.all_to_all_single(
             received.view(torch.uint8),
@@ -108,12 +108,13 @@ def exchange(
             [sum(tensor.numel() for tensor in to_one) * size for to_one in tensors],
             async_op=True,
         )
-    kept = [sent]
+    # Once it is waited for, nothing holds what was sent; the work does, while it lives.
+    under_way = [(work, sent)]
 
     def arrived() -> list[torch.Tensor]:
+        work, _ = under_way.pop()
         if work is not None:
             work.wait()
-        kept.clear()
         return list(received.split(counts))
 
     return arrived

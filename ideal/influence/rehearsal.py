@@ -192,8 +192,8 @@ class _RehearsedPairs(KeptPairs):
 
     most = 0.0
     """Bytes on disk at the fullest."""
-    buffers: Sequence[Tensor] = ()
-    """On their way there."""
+    buffers: Tensor | None = None
+    """[bytes], of pairs on their way there."""
 
     def admit(
         self, groups: Sequence[Group], sets: Sequence[SequenceSet], again: Sequence[SequenceSet], drawn: bool
@@ -201,6 +201,9 @@ class _RehearsedPairs(KeptPairs):
         """As in the file."""
         admitted = super().admit(groups, sets, again, drawn)
         self.most = max(self.most, self.used)
+        filled = int(min(2 * BUFFER_BYTES, self.most))
+        if self.buffers is None or len(self.buffers) < filled:
+            self.buffers = torch.empty(filled, dtype=torch.uint8)
         return admitted
 
     def read(self, group: Group, positions: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -209,8 +212,6 @@ class _RehearsedPairs(KeptPairs):
         return kept(positions, group.width), {name: kept(positions, size) for name, size in group.outputs.items()}
 
     def _write(self, tensor: Tensor, dtype: torch.dtype) -> Block:
-        if not self.buffers:
-            self.buffers = [torch.empty(BUFFER_BYTES, dtype=torch.uint8) for _ in range(2)]
         tensor.to(dtype)  # a copy, if it is one
         return Block(0, tensor.shape[1], dtype)
 

@@ -490,6 +490,7 @@ class Tracker:
             for name in list(self.pending):
                 self._complete(self.group_of[name])
             self._deliver()
+            self._unload()
 
     def _select(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Logits are computed where a label is trained, and nowhere else."""
