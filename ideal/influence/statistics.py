@@ -419,8 +419,6 @@ class _Shipment:
     arrived: Callable[[], list[Tensor]]
     own: list[tuple[Group, _Pairs]]
     """This rank's part of what it will have."""
-    positions: Positions
-    accumulators: Sequence[Accumulator]
 
 
 class Tracker:
@@ -445,7 +443,7 @@ class Tracker:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Hooks on the tracked layers, for as long as it lasts; after it the accumulators have all pairs."""
+        """Hooks on the tracked layers, for as long as it lasts."""
         handles = [layer.register_forward_hook(partial(self._forward, name)) for name, layer in self.layers.items()]
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         tracked = set(self.layers.values())
@@ -453,7 +451,6 @@ class Tracker:
             handles.append(head.register_forward_pre_hook(self._select))
         try:
             yield
-            self._unload()
         finally:
             for handle in handles:
                 handle.remove()
@@ -482,7 +479,7 @@ class Tracker:
         return (logits if self.selected else logits.index_select(0, batch.trained)).to(self.dtype)
 
     def backward(self, loss: Tensor, accumulators: Sequence[Accumulator], retain_graph: bool = False) -> None:
-        """Hands the pairs that `loss` gives to the accumulators."""
+        """Hands the pairs that `loss` gives to the accumulators, which have all of them when it returns."""
         self.accumulators = accumulators
         loss.backward(retain_graph=retain_graph)
         with torch.no_grad():
@@ -524,7 +521,7 @@ class Tracker:
     def _complete(self, group: Group) -> None:
         pairs = self.pending.pop(group.name)
         if world_size() == 1:
-            _accumulate(group, pairs, self.batch.positions, self.accumulators)
+            self._accumulate(group, pairs)
             return
         self.outbox.append((group, pairs))
         # A function of what all ranks know, so that all send at the same time.
@@ -544,12 +541,11 @@ class Tracker:
                 sent[self.owners[group.name]] += [pairs.x, *pairs.outputs.values()]
         width = sum(_width(group, pairs) for group, pairs in own)
         counts = [0 if other == rank() else size * width for other, size in enumerate(positions.ranks)]
-        shipment = _Shipment(exchange(sent, counts, self.outbox[0][1].x), own, positions, self.accumulators)
+        shipment = _Shipment(exchange(sent, counts, self.outbox[0][1].x), own)
         self.outbox.clear()
         self._unload()
         self.under_way = shipment
 
-    @torch.no_grad()
     def _unload(self) -> None:
         """Accumulates what is under way, once it is here."""
         shipment, self.under_way = self.under_way, None
@@ -557,8 +553,11 @@ class Tracker:
             return
         arrived, offsets = shipment.arrived(), [0] * world_size()
         for group, own in shipment.own:
-            pairs = _unpack(arrived, offsets, own, shipment.positions)
-            _accumulate(group, pairs, shipment.positions, shipment.accumulators)
+            self._accumulate(group, _unpack(arrived, offsets, own, self.batch.positions))
+
+    def _accumulate(self, group: Group, pairs: _Pairs) -> None:
+        for accumulator in self.accumulators:
+            accumulator.add(group, pairs.x, pairs.outputs, self.batch.positions)
 
 
 def _unpack(arrived: list[Tensor], offsets: list[int], own: _Pairs, positions: Positions) -> _Pairs:
@@ -575,11 +574,6 @@ def _unpack(arrived: list[Tensor], offsets: list[int], own: _Pairs, positions: P
             parts.append(arrived[number][start : offsets[number]].view(count, mine.shape[1]))
         tensors.append(torch.cat(parts))
     return _Pairs(tensors[0], dict(zip(own.outputs, tensors[1:], strict=True)))
-
-
-def _accumulate(group: Group, pairs: _Pairs, positions: Positions, accumulators: Sequence[Accumulator]) -> None:
-    for accumulator in accumulators:
-        accumulator.add(group, pairs.x, pairs.outputs, positions)
 
 
 def _width(group: Group, pairs: _Pairs) -> int:
