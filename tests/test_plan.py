@@ -25,7 +25,7 @@ from ideal.errors import UserError
 from ideal.footprint import Footprint, fake
 from ideal.influence import DomainSample
 from ideal.influence.samples import LEAST_SEQUENCES
-from ideal.influence.scratch import ScratchFile
+from ideal.influence.scratch import BUFFER_BYTES, ScratchFile
 from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
 from ideal.plan import CannotPlan, Counts, DataSizes, Plan, _mean_longest, long_text, make_plan
 from main import ARGUMENTS
@@ -161,6 +161,19 @@ def test_disk_of_kept_pairs(influence, tmp_path, monkeypatch):
     monkeypatch.setattr(ScratchFile, "write", noted)
     peaks.run_influence(task, peaks.make_model(task.model, tmp_path / "model"), tmp_path)
     assert planned(task, 1).disk["pairs of sequences"] == max(sizes) > 0
+
+
+def test_buffers_of_kept_pairs_are_there_from_the_first_step():
+    """Also at the peak of the first batch, which comes before anything of it is written."""
+
+    def peak(budget: float) -> int:
+        every = {"influence__sample_fraction": 1.0, "influence__factor_fraction": 1.0}
+        plan = tiny_plan(longer=960, influence__pair_budget=budget, **every)
+        return next(phase.peak for phase in plan.outer if phase.name == "covariances")
+
+    # 39 sequences of 63 positions in each of two domains, and one of 1,023.
+    written = 2 * (39 * 63 + 1023) * 4 * BLOCKS * (2 * peaks.TINY["hidden_size"] + 3 * peaks.TINY["intermediate_size"])
+    assert peak(1) - peak(0) == written < 2 * BUFFER_BYTES
 
 
 def test_disk_of_kept_pairs_is_no_more_than_may_be_taken(monkeypatch):

@@ -5,7 +5,6 @@ It goes past the system's page cache where the file system lets it (O_DIRECT): n
 """
 
 import fcntl
-import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -160,12 +159,15 @@ def aligned(size: int) -> Tensor:
 
 
 def _go_past_the_cache(number: int) -> None:
-    """Where the file system cannot, or wants other multiples than pages, the file stays an ordinary one."""
+    """Opens a file for direct access, and tries it.
+
+    Where the file system cannot, or wants other multiples than pages, the file stays an ordinary one.
+    """
     flags = fcntl.fcntl(number, fcntl.F_GETFL)
     try:
         fcntl.fcntl(number, fcntl.F_SETFL, flags | getattr(os, "O_DIRECT", 0))
-        with mmap.mmap(-1, PAGE) as page:
-            os.pwrite(number, page, 0)
-            os.preadv(number, [page], 0)
+        page = aligned(PAGE).numpy().data
+        os.pwrite(number, page, 0)
+        os.preadv(number, [page], 0)
     except OSError:
         fcntl.fcntl(number, fcntl.F_SETFL, flags)
