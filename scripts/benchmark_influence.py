@@ -153,10 +153,9 @@ def agreements(
 
 
 def operations(workload: Workload, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """FLOPs per phase of the engine's sides."""
+    """FLOPs per phase of the engine's sides that compute everything."""
     config = AutoConfig.from_pretrained(workload.folder / "model")
-    ours = {name: runs[-1] for name, runs in answers.items() if name in SIDES and name.startswith("engine")}
-    return {name: phase_flops(config, workload, answer["factor_sequences"]) for name, answer in ours.items()}
+    return {name: phase_flops(config, workload) for name in ("engine", "engine-bf16") if name in answers}
 
 
 def own_entries(workload: Workload) -> np.ndarray:

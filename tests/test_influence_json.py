@@ -1,6 +1,7 @@
 """influence.json's content against one big covariance of all entries of M, and in the state of knowing nothing."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +31,7 @@ def found(known: bool = True) -> Influence:
         first_position_share={"down": float("nan")},
         sequences=dict.fromkeys(DOMAINS, 400),
         factor_sequences=dict.fromkeys(DOMAINS, 40),
+        sketch_fraction=0.25,
         eigenvalue_sequences=dict.fromkeys(DOMAINS, 90),
         tokens=dict.fromkeys(DOMAINS, 5000),
         reference_sequences=dict.fromkeys(CAPABILITIES, 64),
@@ -95,6 +97,8 @@ def test_nothing_is_said_of_signs_without_errors():
 
 
 def test_how_many_sequences_were_used():
-    said = content(found())["sampling"]
-    assert said == "1,200 sequences of the mixture for the gradients, 120 for the covariances, 270 for the eigenvalues"
+    sums = " (their positions added up to 25% as many sums)"
+    said = "1,200 sequences of the mixture for the gradients, 120 for the covariances{}, 270 for the eigenvalues"
+    assert content(found())["sampling"] == said.format(sums)
+    assert content(replace(found(), sketch_fraction=1.0))["sampling"] == said.format("")
     assert "until alpha's direction was known to 10%" in content(found(), fraction="auto")["sampling"]

@@ -28,19 +28,21 @@ class InfluenceConfig:
     sample_fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 0.5
     """Part of the mixture's rows used (sigma), drawn per domain; at least 32 rows of each, or all. auto: as
     many as it takes until alpha's direction is known to 10%."""
-    factor_fraction: Annotated[float, Field(gt=0, le=1)] = 0.1
+    factor_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
-    joint solver), and 48 positions for each dimension of the widest layer, or all."""
-    sketch_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    joint solver), and 48 positions for each dimension of the widest layer, or all. None: all where the pass for the
+    domains' gradients gives them too (EK-FAC, the examples' own labels, all layers' statistics in memory at once), and
+    then the two fractions below are a quarter and a fifth where they are None; elsewhere a tenth."""
+    sketch_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
     worth more than all positions of so many fewer sequences. With EK-FAC their noise is taken out to first order. At
-    least 12 sums for each dimension of the widest layer. 1: every position stands alone."""
-    eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    least 12 sums for each dimension of the widest layer. 1, and None but for the above: every position stands alone."""
+    eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
     all; 32 where the covariances are estimated on more, which then tell the trace. Fewer are faster, and may make the
     matrix a few percent too large, although the noise that they add is taken out to second order. What has eigenvalues
     has its gradient too: with the examples' own labels and all layers' statistics in memory at once; elsewhere they
-    take a pass of their own."""
+    take a pass of their own. None but for the above: all."""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
     In a model with LoRA: the adapters' own layers in them."""
@@ -67,3 +69,25 @@ class InfluenceConfig:
     spill: Literal["cpu", "disk"] = "disk"
     """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
     in the folder for temporary files (TMPDIR)."""
+
+    def fractions(self, in_one_pass: bool) -> "Fractions":
+        """Numbers for those that were left out.
+
+        Args:
+            in_one_pass: whether the pass for the domains' gradients can give the covariances too.
+        """
+        sums = in_one_pass and self.factor_fraction is None
+        return Fractions(
+            factors=self.factor_fraction or (1.0 if sums else 0.1),
+            sketch=self.sketch_fraction or (0.25 if sums else 1.0),
+            eigenvalues=self.eigenvalue_fraction or (0.2 if sums else 1.0),
+        )
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """What the fractions of `InfluenceConfig` come to, each in (0, 1]."""
+
+    factors: float
+    sketch: float
+    eigenvalues: float

@@ -78,22 +78,24 @@ class Curvatures:
         total: float,
         groups: Sequence[Group],
         available: Sequence[int],
+        sketch_fraction: float,
     ) -> None:
         """Args:
         total: T, the mixture's trained tokens, which the sequences' weights sum to.
         groups: all that have a curvature, of all ranks.
         available: [n] sequences of each domain that eigenvalues might be estimated on.
+        sketch_fraction: sums for the covariances, as part of the positions, if the widest layer asks for no more.
         """
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
         self.widest, self.layers = widest(groups), sum(len(group.layers) for group in groups)
-        self.available = available
+        self.available, self.wanted_sums = available, sketch_fraction
         # Per owned layer D [], and the trace that the covariances' sequences have over that of the eigenvalues'.
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
         self.scale = 1.0
-        # The noise of the part's covariances, and per owned layer their eigenvalues [O] and [I].
-        self.noise = 0.0
+        # Of the part's covariances: sums as part of the positions, the noise of these, and per owned layer their eigenvalues [O] and [I].
+        self.sketch_fraction, self.noise = 1.0, 0.0
         self.spectra: dict[str, tuple[Tensor, Tensor]] = {}
 
     def estimate(
@@ -192,8 +194,8 @@ class Curvatures:
         sizes = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in factors])
         weights = np.concatenate([chosen.weights for chosen in factors])
         least = SUMS_PER_DIMENSION * self.widest / max(float(sizes.sum()), 1.0)
-        fraction = min(1.0, max(self.config.sketch_fraction, least))
-        sketch = Sketch(fraction, [chosen.name for chosen in factors], self.passes.seed)
+        self.sketch_fraction = min(1.0, max(self.wanted_sums, least))
+        sketch = Sketch(self.sketch_fraction, [chosen.name for chosen in factors], self.passes.seed)
         return sketch, sketch.noise(sizes, weights)
 
     def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:

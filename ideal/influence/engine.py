@@ -185,7 +185,7 @@ class _Engine:
 
     def _choose_sequences(self) -> None:
         """Which sequences go into the covariances (`factors`), the eigenvalues (`corrected`) and the gradients."""
-        config = self.config
+        config, fractions = self.config, self.layout.fractions
         self.training = self.pools
         if self.auto:
             # As few as the factors can do with, and to begin with as many again for the gradients' errors.
@@ -198,10 +198,10 @@ class _Engine:
             # The joint solver's matrix is that of the factors' sequences, and K-FAC's eigenvalues are theirs too.
             basis_alone = config.factors == "ekfac" and config.solver == "direct"
             least = LEAST_SEQUENCES if basis_alone else FACTOR_SEQUENCES
-            self.factors = factor_parts(self.pools, config.factor_fraction, self.widest, least)
-            self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, LEAST_SEQUENCES)
+            self.factors = factor_parts(self.pools, fractions.factors, self.widest, least)
+            self.corrected = factor_parts(self.pools, fractions.eigenvalues, 0, LEAST_SEQUENCES)
             if how_many(self.corrected) >= how_many(self.factors) or not basis_alone:
-                self.corrected = factor_parts(self.pools, config.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
+                self.corrected = factor_parts(self.pools, fractions.eigenvalues, 0, FACTOR_SEQUENCES)
             if config.factors == "diagonal" and config.solver == "direct":
                 self.factors = self.corrected  # there are no covariances
             if config.factors == "kfac":
@@ -228,7 +228,14 @@ class _Engine:
     def run(self, store: Store) -> Influence:
         """All phases."""
         self.curvatures = Curvatures(
-            self.passes, self.products, store, self.config, self.total, self.groups, self._available()
+            self.passes,
+            self.products,
+            store,
+            self.config,
+            self.total,
+            self.groups,
+            self._available(),
+            self.layout.fractions.sketch,
         )
         self._pick_sequences()
         if self.reuse:
@@ -600,6 +607,7 @@ class _Engine:
             first_position_share=self.curvatures.first_positions.shares(self.groups),
             sequences={domain.name: len(domain.rows) for domain in self.training},
             factor_sequences=factors,
+            sketch_fraction=self.curvatures.sketch_fraction,
             eigenvalue_sequences=corrected,
             tokens={domain.name: int(domain.tokens.sum()) for domain in self.training},
             reference_sequences={capability.name: len(capability.rows) for capability in self.reference},

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ideal.errors import UserError
-from ideal.influence.config import InfluenceConfig
+from ideal.influence.config import Fractions, InfluenceConfig
 
 PROBE_TOKENS = 8
 """Length of the sequence that shows which layers read the same input."""
@@ -135,7 +135,7 @@ class Sizes:
     factors: int
     """Covariances, which become eigenbases in place, and eigenvalues."""
     halves: int
-    """A second sum for the eigenvalues of few sequences, while they are estimated."""
+    """A second sum for the eigenvalues while they are estimated, if that is on few sequences."""
     gradient: int
     """One gradient, of a domain or a capability; its solution takes its place."""
 
@@ -144,8 +144,7 @@ def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
-    few = config.eigenvalue_fraction < 1 or config.sample_fraction == "auto"
-    halves = factors if few and config.factors in ("ekfac", "diagonal") else 0
+    halves = factors if config.factors in ("ekfac", "diagonal") else 0
     if config.factors in ("ekfac", "kfac"):
         squares = group.width**2 + sum(size**2 for size in group.outputs.values())
         # bfloat16 products rotate with a copy of the bases.
@@ -168,6 +167,8 @@ class Layout:
     """Whether these are not all domains' and capabilities' together: then at most `at_once` of them take turns."""
     spilled: bool
     """Whether finished curvatures wait elsewhere than with the model."""
+    fractions: Fractions
+    """How much of the domains' sequences the curvature is estimated on."""
 
     def holds_beside_curvature(self, gradients: int) -> bool:
         """Whether there is room for so many gradients of each layer while the curvature is estimated."""
@@ -185,22 +186,27 @@ def lay_out(
     """
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
-    factors = {name: size.factors + size.halves for name, size in sizes.items()}
+    auto = config.sample_fraction == "auto"
     # auto keeps the capabilities' gradients beside the V_r: it may need them again.
-    together = domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
+    together = domains + capabilities * (2 if auto else 1)
     # The capabilities' gradients come where second halves were.
     whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
     if len(_parts(groups, owners, whole, budget)) == 1:
-        return Layout([groups], [groups], together, in_turns=False, spilled=False)
+        own_labels = config.factors == "ekfac" and config.fisher == "empirical"
+        fractions = config.fractions(in_one_pass=own_labels and config.solver == "direct" and not auto)
+        return Layout([groups], [groups], together, in_turns=False, spilled=False, fractions=fractions)
+    fractions = config.fractions(in_one_pass=False)
+    halved = fractions.eigenvalues < 1 or auto
+    factors = {name: size.factors + halved * size.halves for name, size in sizes.items()}
     factor_parts = _parts(groups, owners, factors, budget)
     # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
     resident = budget - max(_loads(groups, owners, factors).values())
     fetched = budget - max(factors.values())
     # Both look at all gradients again and again.
-    turns = config.sample_fraction != "auto" and config.solver == "direct"
+    turns = not auto and config.solver == "direct"
     counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
     found = [
-        Layout(factor_parts, parts, count, in_turns=count < together, spilled=room is fetched)
+        Layout(factor_parts, parts, count, count < together, room is fetched, fractions)
         for room in (resident, fetched)
         for count in counts
         if factor_parts

@@ -30,6 +30,8 @@ class Influence:
     """Distinct sequences used, per domain."""
     factor_sequences: dict[str, int]
     """Those that the covariances were estimated on."""
+    sketch_fraction: float
+    """Sums that stood for their positions there, as part of them; 1: every position stood alone."""
     eigenvalue_sequences: dict[str, int]
     """Those that the eigenvalues (or the diagonal) were estimated on: with K-FAC the covariances'."""
     tokens: dict[str, int]

@@ -94,10 +94,10 @@ def sampling_in_words(run: Run, influence: Influence) -> str:
     """How many of the mixture's sequences were used, and why so many."""
     used = influence.sequences, influence.factor_sequences, influence.eigenvalue_sequences
     gradients, covariances, eigenvalues = (sum(found.values()) for found in used)
-    text = (
-        f"{gradients:,} sequences of the mixture for the gradients, {covariances:,} for the covariances,"
-        f" {eigenvalues:,} for the eigenvalues"
-    )
+    text = f"{gradients:,} sequences of the mixture for the gradients, {covariances:,} for the covariances"
+    if influence.sketch_fraction < 1:
+        text += f" (their positions added up to {influence.sketch_fraction:.0%} as many sums)"
+    text += f", {eigenvalues:,} for the eigenvalues"
     if run.config.influence.sample_fraction == "auto":
         text += f", added until alpha's direction was known to {DIRECTION_ERROR:.0%} or there were no more"
     return text

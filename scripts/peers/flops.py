@@ -1,8 +1,8 @@
 """What the engine's phases compute, in FLOPs, from shapes alone: to be divided by the seconds that they took.
 
 A product of [a, b] and [b, c] is 2 a b c. Symmetric sums count as the half that is needed, attention as dense,
-padding and the eigendecompositions not at all. Only for the default estimator: EK-FAC, empirical Fisher, all
-gradients together, one part.
+padding and the eigendecompositions not at all. Only for all statistics of all sequences: EK-FAC, empirical Fisher,
+all gradients together, one part.
 """
 
 from dataclasses import dataclass
@@ -22,11 +22,11 @@ class Tokens:
     trained: float
 
     @staticmethod
-    def of(sets: list[Rows], part: float = 1.0) -> "Tokens":
-        """Those of a part of all sequences."""
+    def of(sets: list[Rows]) -> "Tokens":
+        """Those of all sequences."""
         positions = np.concatenate([rows.positions for rows in sets]).astype(float)
         trained = float(sum(rows.trained_tokens.sum() for rows in sets))
-        return Tokens(part * positions.sum(), part * (positions**2).sum(), part * trained)
+        return Tokens(positions.sum(), (positions**2).sum(), trained)
 
 
 def forward_backward(config: Any, tokens: Tokens) -> float:
@@ -48,18 +48,17 @@ def head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def phase_flops(config: Any, workload: Workload, factor_sequences: int) -> dict[str, float]:
+def phase_flops(config: Any, workload: Workload) -> dict[str, float]:
     """Per phase, by the names that the engine gives its seconds."""
     hidden, wide, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     domains, references = list(workload.domains.values()), list(workload.references.values())
-    part = factor_sequences / sum(len(rows) for rows in domains)
-    factors, every, reference = Tokens.of(domains, part), Tokens.of(domains), Tokens.of(references)
+    every, reference = Tokens.of(domains), Tokens.of(references)
     # Per position and block: A of what gate and up read and of what down reads, S of each of the three.
     squares = 2 * hidden**2 + 3 * wide**2
     outer = 3 * 2 * hidden * wide
     solve = 3 * 4 * (hidden**2 * wide + hidden * wide**2)
     return {
-        "covariances": forward_backward(config, factors) + blocks * factors.positions * squares,
+        "covariances": forward_backward(config, every) + blocks * every.positions * squares,
         "eigenvalues": forward_backward(config, every) + blocks * every.positions * (2 * squares + outer),
         "reference gradients": forward_backward(config, reference) + blocks * reference.positions * outer,
         "inverse": len(references) * blocks * solve,

@@ -35,6 +35,8 @@ def engine_side(name: str, processes: int = 1, **config: Any) -> Side:
     return Side(name, "ours", {"side": "engine", "config": config}, processes)
 
 
+RUN_DEFAULTS = dict.fromkeys(("factor_fraction", "sketch_fraction", "eigenvalue_fraction"))
+"""As many sequences and sums for the curvature as a run of this project takes by itself."""
 SIDES = {
     side.name: side
     for side in (
@@ -43,8 +45,8 @@ SIDES = {
         Side("padded-floor", "ours", {"side": "padded floor"}),
         engine_side("engine"),
         engine_side("engine-bf16", product_dtype="bfloat16"),
-        engine_side("engine-fewer", factor_fraction=0.1),
-        engine_side("engine-fewer-bf16", factor_fraction=0.1, product_dtype="bfloat16"),
+        engine_side("default", **RUN_DEFAULTS),
+        engine_side("default-bf16", **RUN_DEFAULTS, product_dtype="bfloat16"),
         Side("no-first-position", "ours", {"side": "first positions"}),
         Side("kronfluence", "kronfluence"),
         Side("kronfluence-bf16", "kronfluence", {"dtype": "bfloat16"}),

@@ -151,6 +151,48 @@ def test_the_widest_layer_asks_for_positions(world, monkeypatch):
     assert sum(found.factor_sequences.values()) < sum(found.sequences.values())
 
 
+# What is left out in the configuration
+
+BY_ITSELF = dict.fromkeys(("factor_fraction", "sketch_fraction", "eigenvalue_fraction"))
+
+
+def test_by_itself_all_sequences_serve_the_bases_and_a_fifth_the_eigenvalues(large):
+    """A quarter of the positions would be fewer sums than 12 for each of 24 dimensions."""
+    found = influence(large, **BY_ITSELF)
+    present = {name: np.count_nonzero(domain.counts) for name, domain in large.domains.items()}
+    assert found.factor_sequences == found.sequences == present
+    assert found.eigenvalue_sequences == {name: int(np.ceil(0.2 * count)) for name, count in present.items()}
+    assert min(present.values()) > 5 * samples.LEAST_SEQUENCES
+    assert 12 * 24 < 0.25 * sum(domain.examples.positions[domain.counts > 0].sum() for domain in large.domains.values())
+    assert found.sketch_fraction == 0.25
+    given = influence(large, factor_fraction=1.0, sketch_fraction=0.25, eigenvalue_fraction=0.2)
+    np.testing.assert_array_equal(found.matrix, given.matrix)
+
+
+ELSEWHERE = {
+    "labels from the model": {"fisher": "sampled"},
+    "K-FAC": {"factors": "kfac"},
+    "the diagonal": {"factors": "diagonal"},
+    "the joint solver": {"solver": "cg", "solver_iterations": 1},
+    "in parts": {"memory_budget": 40e-6},
+    "a part that was asked for": {"factor_fraction": 0.1},
+}
+
+
+@pytest.mark.parametrize("which", ELSEWHERE)
+def test_where_covariances_take_a_pass_of_their_own_few_sequences_serve_them(large, which, monkeypatch):
+    """All positions of a tenth, and the eigenvalues of all where they are not the covariances'."""
+    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(engine, "FACTOR_SEQUENCES", samples.LEAST_SEQUENCES)
+    found = influence(large, **{**BY_ITSELF, **ELSEWHERE[which]})
+    present = {name: np.count_nonzero(domain.counts) for name, domain in large.domains.items()}
+    few = {name: max(samples.LEAST_SEQUENCES, int(np.ceil(0.1 * count))) for name, count in present.items()}
+    assert all(few[name] < count for name, count in present.items())
+    assert found.factor_sequences == (present if which == "the diagonal" else few)
+    assert found.eigenvalue_sequences == (few if which == "K-FAC" else present)
+    assert found.sketch_fraction == 1.0
+
+
 # As many as it takes
 
 
