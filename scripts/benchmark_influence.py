@@ -57,6 +57,8 @@ from sides import (  # noqa: E402
 )
 from workloads import SHAPES, Sizes, random_workload, real_workload, shaped_workload  # noqa: E402
 
+from ideal.errors import UserError  # noqa: E402
+
 
 def main(arguments: list[str]) -> None:
     """One workload, in one of three modes."""
@@ -234,4 +236,8 @@ def machine() -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

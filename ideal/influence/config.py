@@ -30,9 +30,9 @@ class InfluenceConfig:
     many as it takes until alpha's direction is known to 10%."""
     factor_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
-    joint solver), and 48 positions for each dimension of the widest layer, or all. None: all where the pass for the
-    domains' gradients gives them too (EK-FAC, the examples' own labels, all layers' statistics in memory at once), and
-    then the two fractions below are a quarter and a fifth where they are None; elsewhere a tenth."""
+    joint solver), and 48 positions for each dimension of the widest layer, or all. None: all where one pass gives them
+    and the domains' gradients (EK-FAC, the examples' own labels, memory for these gradients beside the curvature of all
+    layers); then the two fractions below, where they are None, are a quarter and a fifth. Elsewhere a tenth."""
     sketch_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
     worth more than all positions of so many fewer sequences. With EK-FAC their noise is taken out to first order. At

@@ -94,7 +94,8 @@ class Curvatures:
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
         self.scale = 1.0
-        # Of the part's covariances: sums as part of the positions, the noise of these, and per owned layer their eigenvalues [O] and [I].
+        # Of the part's covariances: sums as part of the positions, the noise of these, and per owned layer the
+        # eigenvalues [O] and [I].
         self.sketch_fraction, self.noise = 1.0, 0.0
         self.spectra: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -181,6 +181,8 @@ def lay_out(
 ) -> Layout:
     """The fewest parts that fit `config.memory_budget`, and as many gradients at once as these leave room for.
 
+    Where the domains' gradients fit beside the curvature of all layers, one pass can give them and the covariances.
+
     Raises:
         UserError: a group alone does not fit.
     """
@@ -189,37 +191,61 @@ def lay_out(
     auto = config.sample_fraction == "auto"
     # auto keeps the capabilities' gradients beside the V_r: it may need them again.
     together = domains + capabilities * (2 if auto else 1)
-    # The capabilities' gradients come where second halves were.
-    whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
-    if len(_parts(groups, owners, whole, budget)) == 1:
-        own_labels = config.factors == "ekfac" and config.fisher == "empirical"
-        fractions = config.fractions(in_one_pass=own_labels and config.solver == "direct" and not auto)
-        return Layout([groups], [groups], together, in_turns=False, spilled=False, fractions=fractions)
-    fractions = config.fractions(in_one_pass=False)
-    halved = fractions.eigenvalues < 1 or auto
-    factors = {name: size.factors + halved * size.halves for name, size in sizes.items()}
-    factor_parts = _parts(groups, owners, factors, budget)
-    # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
-    resident = budget - max(_loads(groups, owners, factors).values())
-    fetched = budget - max(factors.values())
     # Both look at all gradients again and again.
     turns = not auto and config.solver == "direct"
     counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
-    found = [
-        Layout(factor_parts, parts, count, count < together, room is fetched, fractions)
-        for room in (resident, fetched)
-        for count in counts
-        if factor_parts
-        and (parts := _parts(groups, owners, {name: count * size.gradient for name, size in sizes.items()}, room))
-    ]
-    if not found:
-        alone = {name: factors[name] + counts[-1] * size.gradient for name, size in sizes.items()}
+    if turns and config.factors == "ekfac" and config.fisher == "empirical":
+        fractions = config.fractions(in_one_pass=True)
+        layout = _fewest_parts(groups, owners, sizes, budget, counts, fractions, fractions.eigenvalues < 1)
+        if layout and layout.holds_beside_curvature(domains):
+            return layout
+    fractions = config.fractions(in_one_pass=False)
+    halved = auto or fractions.eigenvalues < 1
+    layout = _fewest_parts(groups, owners, sizes, budget, counts, fractions, halved)
+    if layout is None:
+        alone = {
+            name: size.factors + halved * size.halves + counts[-1] * size.gradient for name, size in sizes.items()
+        }
         name = max(alone, key=alone.__getitem__)
         raise UserError(
             f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
             f" take {alone[name] / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
         )
-    return min(found, key=lambda layout: len(layout.gradient_parts))
+    return layout
+
+
+def _fewest_parts(
+    groups: list[Group],
+    owners: dict[str, int],
+    sizes: dict[str, Sizes],
+    budget: float,
+    counts: list[int],
+    fractions: Fractions,
+    halved: bool,
+) -> Layout | None:
+    """The layout of these groups that fits, if one does.
+
+    Args:
+        counts: of gradients that may be held at a time; the first one is all of them.
+        halved: whether eigenvalues take two sums.
+    """
+    # The capabilities' gradients come where second halves were.
+    whole = {name: size.factors + counts[0] * size.gradient for name, size in sizes.items()}
+    if len(_parts(groups, owners, whole, budget)) == 1:
+        return Layout([groups], [groups], counts[0], in_turns=False, spilled=False, fractions=fractions)
+    factors = {name: size.factors + halved * size.halves for name, size in sizes.items()}
+    factor_parts = _parts(groups, owners, factors, budget)
+    # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
+    resident = budget - max(_loads(groups, owners, factors).values())
+    fetched = budget - max(factors.values())
+    found = [
+        Layout(factor_parts, parts, count, count < counts[0], room is fetched, fractions)
+        for room in (resident, fetched)
+        for count in counts
+        if factor_parts
+        and (parts := _parts(groups, owners, {name: count * size.gradient for name, size in sizes.items()}, room))
+    ]
+    return min(found, key=lambda layout: len(layout.gradient_parts), default=None)
 
 
 def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:

@@ -12,6 +12,7 @@ import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
+PARENT_DEATH_SIGNAL = 1
+"""Of prctl(2)."""
 IGNORED = -100
 # The positions whose x and d enter A and S. They are conventions: d is zero after a sequence's last trained label,
 # so that S hardly knows them apart, but A does, and with it the eigenbasis.
@@ -201,8 +204,12 @@ def serve(prepare: Callable[[Workload], Callable[[dict[str, Any], Stopwatch], di
 
     `prepare` loads model and data, untimed, and returns what does one run; its answer gets the keys seconds, cpu
     (processor seconds of all threads), phases and peak added. Requests come from the standard input, answers go to
-    the file descriptor $ANSWERS.
+    the file descriptor $ANSWERS. Where the system can, a benchmark that is killed takes its sides with it, in the
+    middle of a run too.
     """
+    libc = ctypes.CDLL("libc.so.6") if sys.platform == "linux" else None
+    if libc:
+        libc.prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     answers = os.fdopen(int(os.environ["ANSWERS"]), "w")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run = prepare(Workload.load(Path(sys.argv[1])))
@@ -218,5 +225,5 @@ def serve(prepare: Callable[[Workload], Callable[[dict[str, Any], Stopwatch], di
         answers.flush()
         # What this side held must not crowd out the next one's run.
         gc.collect()
-        if sys.platform == "linux":
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        if libc:
+            libc.malloc_trim(0)

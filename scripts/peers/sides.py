@@ -35,7 +35,7 @@ def engine_side(name: str, processes: int = 1, **config: Any) -> Side:
     return Side(name, "ours", {"side": "engine", "config": config}, processes)
 
 
-RUN_DEFAULTS = dict.fromkeys(("factor_fraction", "sketch_fraction", "eigenvalue_fraction"))
+RUN_DEFAULTS: dict[str, Any] = dict.fromkeys(("factor_fraction", "sketch_fraction", "eigenvalue_fraction"))
 """As many sequences and sums for the curvature as a run of this project takes by itself."""
 SIDES = {
     side.name: side

@@ -190,6 +190,19 @@ def test_sums_do_not_depend_on_batches_parts_or_kept_pairs(world, unbounded):
     assert difference(influence(world, seed=1, **options).matrix, expected.matrix) > 1e-3
 
 
+@pytest.mark.parametrize(("budget", "at_once"), [(70e-6, 3), (60e-6, 2)])
+def test_sums_where_all_domains_gradients_fit_beside_the_curvature(world, unbounded, monkeypatch, budget, at_once):
+    """Three domains: where only two of them do, the covariances take a pass of their own."""
+    layouts, right = [], engine.lay_out
+    monkeypatch.setattr(engine, "lay_out", lambda *args: (layouts.append(right(*args)), layouts[0])[1])
+    found = influence(world, factor_fraction=None, eigenvalue_fraction=0.4, memory_budget=budget)
+    assert layouts[0].in_turns and layouts[0].at_once == at_once
+    sums = {"factor_fraction": 1.0, "sketch_fraction": 0.25} if at_once == 3 else {"factor_fraction": 0.1}
+    given = influence(world, eigenvalue_fraction=0.4, **sums)
+    assert (given.sketch_fraction < 1) == (at_once == 3)
+    assert difference(found.matrix, given.matrix) < EXACT
+
+
 def test_a_sketch_has_as_many_sums_as_the_widest_layer_asks_for(world, monkeypatch):
     """With a position per sum it is none; the tiny world has some 30 positions for each of 24 dimensions."""
     few = {"sketch_fraction": 1e-3, "eigenvalue_fraction": 1.0}
