@@ -10,7 +10,7 @@ import difflib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -169,6 +169,8 @@ def validate(tree: Tree) -> Config:
         config = TypeAdapter(Config).validate_python(tree)
     except ValidationError as error:
         raise UserError(_explain(error, tree)) from None
+    # So that config.yaml says them, and a run goes on with them whatever the defaults become.
+    config.influence = replace(config.influence, **asdict(config.influence.fractions))
     _check_across_groups(config)
     return config
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ideal import demo
-from ideal.config import Command, Config, check_scorers, dump, flat
+from ideal.config import Command, Config, check_scorers, dump, flat, validate
 from ideal.data import CapabilityConfig, Data, load_data
 from ideal.data.config import DomainConfig
 from ideal.data.inspection import SetReport
@@ -46,7 +46,9 @@ def check_folder(folder: RunFolder, command: Command) -> None:
     mixing = command.config.mixing
     # More rounds would make the parts of one training run shorter, the finished ones too.
     extends = MIXERS[mixing.method].extends and mixing.start == "base"
-    folder.check(dump(command.config), flat, extends, flat(dump(Config())))
+    # The other fractions came when this one was a tenth by itself, and were 1.
+    unknown = flat(dump(validate({"influence": {"factor_fraction": 0.1}})))
+    folder.check(dump(command.config), flat, extends, unknown)
 
 
 def header() -> str:

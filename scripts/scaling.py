@@ -63,7 +63,7 @@ class Case:
         batch = 1 if self.model == "llama-3.1-70b" else 4
         influence = {"batch_size": batch, "memory_budget": self.budget, "product_dtype": "bfloat16", "spill": "cpu"}
         if self.model in ("llama-3.1-8b", "llama-3.1-70b"):
-            influence["eigenvalue_fraction"] = 0.1
+            influence |= {"factor_fraction": 0.1, "eigenvalue_fraction": 0.1}
         return validate({"train": train, "influence": influence, "evaluation": {"batch_size": 4}})
 
     def sizes(self) -> DataSizes:

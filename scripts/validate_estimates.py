@@ -118,7 +118,7 @@ class Probe:
             total = sum(pool.total for pool in pools)
             available = [len(pool.rows) for pool in pools]
             curvatures = Curvatures(
-                self.passes, self._products, store, self.config, total, self.groups, available, sketch_fraction=1.0
+                self.passes, self._products, store, self.config, total, self.groups, available
             )
             curvatures.estimate(self.groups, pools, pools)
             return {

@@ -207,6 +207,21 @@ def test_the_resolved_configuration_runs_again(file):
     assert dump(again) == dump(first) and again == first
 
 
+def test_fractions_that_are_left_out_are_decided_when_the_configuration_is_read(file):
+    """So config.yaml has numbers, and earlier folders, which have the same ones, can be gone on with."""
+
+    def fractions(*arguments: str) -> list[float]:
+        influence = dump(config(*arguments))["influence"]
+        return [influence[f"{name}_fraction"] for name in ("factor", "sketch", "eigenvalue")]
+
+    assert fractions() == fractions("--influence.memory_budget=1", "--influence.fisher=sampled") == [1.0, 0.25, 0.2]
+    assert fractions("--influence.factors=kfac") == fractions("--influence.solver=cg") == [0.1, 1.0, 1.0]
+    assert fractions("--influence.factor_fraction=1") == [1.0, 1.0, 1.0]
+    assert fractions("--influence.eigenvalue_fraction=1") == [0.1, 1.0, 1.0]
+    assert fractions("--influence.eigenvalue_fraction=0.5", "--influence.sketch_fraction=1") == [1.0, 1.0, 0.5]
+    assert dump(read_command(ARGUMENTS, []).config)["influence"]["eigenvalue_fraction"] == 1.0  # the demo
+
+
 def test_no_arguments_are_the_demo():
     found = read_command(ARGUMENTS, []).config
     assert found.is_demo and found.mixing.budget == "fixed" and found.data.max_length == 64

@@ -299,7 +299,8 @@ def test_statistics_are_split_among_owners_and_parts():
     kept = {phase.name: phase.passes for phase in tiny_plan(blocks=4, **budgets).outer}
     assert kept["reference scores"] == 1
     # Also where the domains' gradients come with the eigenvalues.
-    turns = tiny_plan(blocks=4, influence__memory_budget=0.9 * held(whole) / 1e9)
+    budgets = {"influence__memory_budget": 0.9 * held(whole) / 1e9, "influence__factor_fraction": 1.0}
+    turns = tiny_plan(blocks=4, **budgets)
     assert turns.outer_parts == (1, 1) and turns.at_once == 2
     assert "domain gradients" not in [phase.name for phase in turns.outer]
     assert held(turns) <= 0.9 * held(whole)

@@ -30,19 +30,22 @@ class InfluenceConfig:
     many as it takes until alpha's direction is known to 10%."""
     factor_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
-    joint solver), and 48 positions for each dimension of the widest layer, or all. None: all where one pass gives them
-    and the domains' gradients (EK-FAC, the examples' own labels, memory for these gradients beside the curvature of all
-    layers); then the two fractions below, where they are None, are a quarter and a fifth. Elsewhere a tenth."""
+    joint solver), and 48 positions for each dimension of the widest layer, or all. None: all, since their pass gives
+    the domains' gradients too; but a tenth with K-FAC and the joint solver, whose eigenvalues or matrix are those of
+    the same rows, and with eigenvalue_fraction 1, whose rows give the gradients. (sample_fraction auto decides by
+    itself about all three fractions but the next one.)"""
     sketch_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
     worth more than all positions of so many fewer sequences. With EK-FAC their noise is taken out to first order. At
-    least 12 sums for each dimension of the widest layer. 1, and None but for the above: every position stands alone."""
+    least 12 sums for each dimension of the widest layer. 1: every position stands alone. None: 0.25 where
+    factor_fraction is left to be all, else 1."""
     eigenvalue_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """Part of these rows that EK-FAC's eigenvalues (and the diagonal) are estimated on, at least 320 of each domain, or
     all; 32 where the covariances are estimated on more, which then tell the trace. Fewer are faster, and may make the
-    matrix a few percent too large, although the noise that they add is taken out to second order. What has eigenvalues
-    has its gradient too: with the examples' own labels and all layers' statistics in memory at once; elsewhere they
-    take a pass of their own. None but for the above: all."""
+    matrix a few percent too large, although the noise that they add is taken out to second order. None: 0.2 where
+    factor_fraction is left to be all, else 1. (With the examples' own labels, and memory for the domains' gradients
+    beside the curvature of all layers, a sequence's gradient comes with its eigenvalues or covariances; elsewhere
+    gradients take a pass of their own.)"""
     layers: Annotated[list[str], Field(min_length=1)] = field(default_factory=lambda: ["*.mlp.*_proj"])
     """Names of the tracked linear layers, or of modules around them; * is any text, ? a character.
     In a model with LoRA: the adapters' own layers in them."""
@@ -70,24 +73,20 @@ class InfluenceConfig:
     """Where finished eigenbases wait if the budget has no room for them: host memory, or memory-mapped files
     in the folder for temporary files (TMPDIR)."""
 
-    def fractions(self, in_one_pass: bool) -> "Fractions":
-        """Numbers for those that were left out.
-
-        Args:
-            in_one_pass: whether the pass for the domains' gradients can give the covariances too.
-        """
-        sums = in_one_pass and self.factor_fraction is None
-        return Fractions(
-            factors=self.factor_fraction or (1.0 if sums else 0.1),
-            sketch=self.sketch_fraction or (0.25 if sums else 1.0),
-            eigenvalues=self.eigenvalue_fraction or (0.2 if sums else 1.0),
-        )
+    @property
+    def fractions(self) -> "Fractions":
+        """Numbers for those that were left out, by what is estimated alone: not by memory or processes."""
+        bases_alone = self.factors == "ekfac" and self.solver == "direct" and self.sample_fraction != "auto"
+        sums = bases_alone and self.factor_fraction is None and self.eigenvalue_fraction != 1
+        given = self.factor_fraction, self.sketch_fraction, self.eigenvalue_fraction
+        others = (1.0, 0.25, 0.2) if sums else (0.1, 1.0, 1.0)
+        return Fractions(*(other if one is None else one for one, other in zip(given, others, strict=True)))
 
 
 @dataclass(frozen=True)
 class Fractions:
-    """What the fractions of `InfluenceConfig` come to, each in (0, 1]."""
+    """The fractions of `InfluenceConfig`, each in (0, 1]."""
 
-    factors: float
-    sketch: float
-    eigenvalues: float
+    factor_fraction: float
+    sketch_fraction: float
+    eigenvalue_fraction: float

@@ -78,18 +78,16 @@ class Curvatures:
         total: float,
         groups: Sequence[Group],
         available: Sequence[int],
-        sketch_fraction: float,
     ) -> None:
         """Args:
         total: T, the mixture's trained tokens, which the sequences' weights sum to.
         groups: all that have a curvature, of all ranks.
         available: [n] sequences of each domain that eigenvalues might be estimated on.
-        sketch_fraction: sums for the covariances, as part of the positions, if the widest layer asks for no more.
         """
         self.passes, self.products, self.store, self.config, self.total = passes, products, store, config, total
         self.first_positions = FirstPositions(passes)
         self.widest, self.layers = widest(groups), sum(len(group.layers) for group in groups)
-        self.available, self.wanted_sums = available, sketch_fraction
+        self.available = available
         # Per owned layer D [], and the trace that the covariances' sequences have over that of the eigenvalues'.
         self.damping: dict[str, Tensor] = {}
         self.ratios: dict[str, float] = {}
@@ -195,7 +193,7 @@ class Curvatures:
         sizes = np.concatenate([chosen.examples.positions[chosen.rows] for chosen in factors])
         weights = np.concatenate([chosen.weights for chosen in factors])
         least = SUMS_PER_DIMENSION * self.widest / max(float(sizes.sum()), 1.0)
-        self.sketch_fraction = min(1.0, max(self.wanted_sums, least))
+        self.sketch_fraction = min(1.0, max(self.config.fractions.sketch_fraction, least))
         sketch = Sketch(self.sketch_fraction, [chosen.name for chosen in factors], self.passes.seed)
         return sketch, sketch.noise(sizes, weights)
 
@@ -224,23 +222,24 @@ class Curvatures:
         most, halves = self._halves(shapes, corrected)
         accumulator = Eigenvalues(sums, bases, self.products, gradients, late, halves)
         self._run("eigenvalues", part, corrected, [accumulator, *traces[1:]], label, again)
-        for name, total in _consumed(sums):
-            variances = None
-            if halves:
-                other = halves.sums.pop(name)
-                variances = (total - other).div_(self.total).square_().mul_(most)
-                total += other
-            self._keep(name, total.div_(self.total), variances)
+        with self.passes.timed("eigenvalues"):
+            for name, total in _consumed(sums):
+                variances = None
+                if halves:
+                    other = halves.sums.pop(name)
+                    variances = (total - other).div_(self.total).square_().mul_(most)
+                    total += other
+                self._keep(name, total.div_(self.total), variances)
+            for name, rotated in (gradients or {}).items():
+                basis_O, basis_I = bases[name]
+                curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
+                for number in late:
+                    rotated[number] = curvature.rotate_back(rotated[number]) / (corrected[number].scale or 1.0)
         if traces:
             known, here = (torch.stack([*trace.sums.values()]).tolist() if shapes else [] for trace in traces)
             self.ratios |= {
                 name: one / other for name, one, other in zip(shapes, known, here, strict=True) if one and other
             }
-        for name, rotated in (gradients or {}).items():
-            basis_O, basis_I = bases[name]
-            curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
-            for number in late:
-                rotated[number] = curvature.rotate_back(rotated[number]) / (corrected[number].scale or 1.0)
 
     def _halves(
         self, shapes: dict[str, tuple[int, int]], corrected: list[SequenceSet]

@@ -73,14 +73,13 @@ def overlaps(values_k: Tensor, noise: float) -> Tensor:
     floor = (SMALLEST * values_k.max()).clamp_min(torch.finfo(values_k.dtype).tiny)
     values_k = values_k.clamp_min(floor)
     apart_kk = values_k.log()[:, None] - values_k.log()
-    density_k = (DENSITY_WIDTH / math.pi) * apart_kk.square_().add_(DENSITY_WIDTH**2).reciprocal_().sum(1)
+    density_k = (DENSITY_WIDTH / math.pi) * apart_kk.square().add_(DENSITY_WIDTH**2).reciprocal_().sum(1)
     spread_k = math.pi * noise * density_k
-    # Numerator and denominator are divided by l_i l_j, which may be too small a number.
-    ratio_kk = values_k.sqrt()[:, None] / values_k.sqrt()
-    distance_kk = (ratio_kk - ratio_kk.mT).square_().add_(torch.outer(spread_k, spread_k))
-    overlaps_kk = noise / distance_kk
-    overlaps_kk.fill_diagonal_(0.0)
-    return overlaps_kk - torch.diag(overlaps_kk.sum(1))
+    # Numerator and denominator are divided by l_i l_j, which may be too small a number; in place, since k is large.
+    distance_kk = apart_kk.div_(2).sinh_().square_().mul_(4).addr_(spread_k, spread_k)
+    overlaps_kk = distance_kk.reciprocal_().mul_(noise).fill_diagonal_(0.0)
+    overlaps_kk.diagonal().copy_(-overlaps_kk.sum(1))
+    return overlaps_kk
 
 
 def without_basis_noise(
@@ -104,11 +103,11 @@ def without_basis_noise(
     output_O = values_O.to(dtype) / values_O.mean().to(dtype).clamp_min(tiny)
     input_I = values_I.to(dtype) / values_I.mean().to(dtype).clamp_min(tiny) * mean
     exact_OI = torch.outer(output_O, input_I) + damping
-    seen_OI = exact_OI + torch.outer(mixing_O @ output_O, input_I) + torch.outer(output_O, mixing_I @ input_I)
-    inverse_OI = exact_OI.clamp_min(tiny).reciprocal()
-    better_OI = inverse_OI - mixing_O @ inverse_OI - inverse_OI @ mixing_I
-    damped_OI = (eigenvalues_OI + damping) / (better_OI * seen_OI)
-    return torch.where(mean > 0, damped_OI - damping, 0.0)
+    seen_OI = exact_OI.addr(mixing_O @ output_O, input_I).addr_(output_O, mixing_I @ input_I)
+    inverse_OI = exact_OI.clamp_min_(tiny).reciprocal_()
+    better_OI = inverse_OI.addmm(mixing_O, inverse_OI, alpha=-1).addmm_(inverse_OI, mixing_I, alpha=-1)
+    damped_OI = (eigenvalues_OI + damping).div_(better_OI.mul_(seen_OI))
+    return torch.where(mean > 0, damped_OI.sub_(damping), 0.0)
 
 
 def inner_products(left_KOI: Tensor, right_LOI: Tensor) -> Tensor:

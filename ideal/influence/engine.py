@@ -2,9 +2,9 @@
 
     M[r, j] = dL_r / dbeta_j = - s_j g_r^T (H + D)^-1 g_j,        summed over the tracked layers
 
-1 to 3 the curvature (curvature.py): bases from few of the domains' sequences, eigenvalues from more or all,
-which with their own labels gives their gradients too; 4 the capabilities' gradients g_r, and
-5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
+1 to 3 the curvature (curvature.py): bases from all of the domains' sequences and eigenvalues from few, or the other
+way round; with their own labels both give gradients too; 4 the capabilities' gradients g_r, and
+5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 1 to 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
 reference rows once more, for the standard errors. Where there is no room for all g_j and V_r together
 they take turns: each W_j meets the reference rows one by one, which gives M and its errors, and V_r
 only the sequences that the domains' errors are estimated on. A sequence that several phases need goes through
@@ -185,7 +185,7 @@ class _Engine:
 
     def _choose_sequences(self) -> None:
         """Which sequences go into the covariances (`factors`), the eigenvalues (`corrected`) and the gradients."""
-        config, fractions = self.config, self.layout.fractions
+        config, fractions = self.config, self.config.fractions
         self.training = self.pools
         if self.auto:
             # As few as the factors can do with, and to begin with as many again for the gradients' errors.
@@ -198,10 +198,10 @@ class _Engine:
             # The joint solver's matrix is that of the factors' sequences, and K-FAC's eigenvalues are theirs too.
             basis_alone = config.factors == "ekfac" and config.solver == "direct"
             least = LEAST_SEQUENCES if basis_alone else FACTOR_SEQUENCES
-            self.factors = factor_parts(self.pools, fractions.factors, self.widest, least)
-            self.corrected = factor_parts(self.pools, fractions.eigenvalues, 0, LEAST_SEQUENCES)
+            self.factors = factor_parts(self.pools, fractions.factor_fraction, self.widest, least)
+            self.corrected = factor_parts(self.pools, fractions.eigenvalue_fraction, 0, LEAST_SEQUENCES)
             if how_many(self.corrected) >= how_many(self.factors) or not basis_alone:
-                self.corrected = factor_parts(self.pools, fractions.eigenvalues, 0, FACTOR_SEQUENCES)
+                self.corrected = factor_parts(self.pools, fractions.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
             if config.factors == "diagonal" and config.solver == "direct":
                 self.factors = self.corrected  # there are no covariances
             if config.factors == "kfac":
@@ -228,14 +228,7 @@ class _Engine:
     def run(self, store: Store) -> Influence:
         """All phases."""
         self.curvatures = Curvatures(
-            self.passes,
-            self.products,
-            store,
-            self.config,
-            self.total,
-            self.groups,
-            self._available(),
-            self.layout.fractions.sketch,
+            self.passes, self.products, store, self.config, self.total, self.groups, self._available()
         )
         self._pick_sequences()
         if self.reuse:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ideal.errors import UserError
-from ideal.influence.config import Fractions, InfluenceConfig
+from ideal.influence.config import InfluenceConfig
 
 PROBE_TOKENS = 8
 """Length of the sequence that shows which layers read the same input."""
@@ -135,7 +135,7 @@ class Sizes:
     factors: int
     """Covariances, which become eigenbases in place, and eigenvalues."""
     halves: int
-    """A second sum for the eigenvalues while they are estimated, if that is on few sequences."""
+    """A second sum for the eigenvalues of few sequences, while they are estimated."""
     gradient: int
     """One gradient, of a domain or a capability; its solution takes its place."""
 
@@ -144,7 +144,8 @@ def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     """What `group` takes at its owner; itemsize: bytes per number, 4 for float32."""
     weights = sum(group.width * size for size in group.outputs.values())
     factors = 0 if config.factors == "identity" else weights * itemsize
-    halves = factors if config.factors in ("ekfac", "diagonal") else 0
+    few = config.fractions.eigenvalue_fraction < 1 or config.sample_fraction == "auto"
+    halves = factors if few and config.factors in ("ekfac", "diagonal") else 0
     if config.factors in ("ekfac", "kfac"):
         squares = group.width**2 + sum(size**2 for size in group.outputs.values())
         # bfloat16 products rotate with a copy of the bases.
@@ -167,8 +168,6 @@ class Layout:
     """Whether these are not all domains' and capabilities' together: then at most `at_once` of them take turns."""
     spilled: bool
     """Whether finished curvatures wait elsewhere than with the model."""
-    fractions: Fractions
-    """How much of the domains' sequences the curvature is estimated on."""
 
     def holds_beside_curvature(self, gradients: int) -> bool:
         """Whether there is room for so many gradients of each layer while the curvature is estimated."""
@@ -181,71 +180,40 @@ def lay_out(
 ) -> Layout:
     """The fewest parts that fit `config.memory_budget`, and as many gradients at once as these leave room for.
 
-    Where the domains' gradients fit beside the curvature of all layers, one pass can give them and the covariances.
-
     Raises:
         UserError: a group alone does not fit.
     """
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
-    auto = config.sample_fraction == "auto"
+    factors = {name: size.factors + size.halves for name, size in sizes.items()}
     # auto keeps the capabilities' gradients beside the V_r: it may need them again.
-    together = domains + capabilities * (2 if auto else 1)
-    # Both look at all gradients again and again.
-    turns = not auto and config.solver == "direct"
-    counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
-    if turns and config.factors == "ekfac" and config.fisher == "empirical":
-        fractions = config.fractions(in_one_pass=True)
-        layout = _fewest_parts(groups, owners, sizes, budget, counts, fractions, fractions.eigenvalues < 1)
-        if layout and layout.holds_beside_curvature(domains):
-            return layout
-    fractions = config.fractions(in_one_pass=False)
-    halved = auto or fractions.eigenvalues < 1
-    layout = _fewest_parts(groups, owners, sizes, budget, counts, fractions, halved)
-    if layout is None:
-        alone = {
-            name: size.factors + halved * size.halves + counts[-1] * size.gradient for name, size in sizes.items()
-        }
-        name = max(alone, key=alone.__getitem__)
-        raise UserError(
-            f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
-            f" take {alone[name] / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
-        )
-    return layout
-
-
-def _fewest_parts(
-    groups: list[Group],
-    owners: dict[str, int],
-    sizes: dict[str, Sizes],
-    budget: float,
-    counts: list[int],
-    fractions: Fractions,
-    halved: bool,
-) -> Layout | None:
-    """The layout of these groups that fits, if one does.
-
-    Args:
-        counts: of gradients that may be held at a time; the first one is all of them.
-        halved: whether eigenvalues take two sums.
-    """
+    together = domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
     # The capabilities' gradients come where second halves were.
-    whole = {name: size.factors + counts[0] * size.gradient for name, size in sizes.items()}
+    whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
     if len(_parts(groups, owners, whole, budget)) == 1:
-        return Layout([groups], [groups], counts[0], in_turns=False, spilled=False, fractions=fractions)
-    factors = {name: size.factors + halved * size.halves for name, size in sizes.items()}
+        return Layout([groups], [groups], together, in_turns=False, spilled=False)
     factor_parts = _parts(groups, owners, factors, budget)
     # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
     resident = budget - max(_loads(groups, owners, factors).values())
     fetched = budget - max(factors.values())
+    # Both look at all gradients again and again.
+    turns = config.sample_fraction != "auto" and config.solver == "direct"
+    counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
     found = [
-        Layout(factor_parts, parts, count, count < counts[0], room is fetched, fractions)
+        Layout(factor_parts, parts, count, in_turns=count < together, spilled=room is fetched)
         for room in (resident, fetched)
         for count in counts
         if factor_parts
         and (parts := _parts(groups, owners, {name: count * size.gradient for name, size in sizes.items()}, room))
     ]
-    return min(found, key=lambda layout: len(layout.gradient_parts), default=None)
+    if not found:
+        alone = {name: factors[name] + counts[-1] * size.gradient for name, size in sizes.items()}
+        name = max(alone, key=alone.__getitem__)
+        raise UserError(
+            f"influence.memory_budget: {config.memory_budget:g} GB, but the statistics of {name} alone"
+            f" take {alone[name] / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
+        )
+    return min(found, key=lambda layout: len(layout.gradient_parts))
 
 
 def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:

@@ -170,21 +170,21 @@ def test_by_itself_all_sequences_serve_the_bases_and_a_fifth_the_eigenvalues(lar
 
 
 ELSEWHERE = {
-    "labels from the model": {"fisher": "sampled"},
     "K-FAC": {"factors": "kfac"},
     "the diagonal": {"factors": "diagonal"},
     "the joint solver": {"solver": "cg", "solver_iterations": 1},
-    "in parts": {"memory_budget": 40e-6},
+    "all eigenvalues": {"eigenvalue_fraction": 1.0},
     "a part that was asked for": {"factor_fraction": 0.1},
 }
 
 
 @pytest.mark.parametrize("which", ELSEWHERE)
-def test_where_covariances_take_a_pass_of_their_own_few_sequences_serve_them(large, which, monkeypatch):
+def test_elsewhere_few_sequences_serve_the_bases(large, which, monkeypatch):
     """All positions of a tenth, and the eigenvalues of all where they are not the covariances'."""
     monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
     monkeypatch.setattr(engine, "FACTOR_SEQUENCES", samples.LEAST_SEQUENCES)
-    found = influence(large, **{**BY_ITSELF, **ELSEWHERE[which]})
+    config = InfluenceConfig(sample_fraction=1.0, error_sequences=0, **ELSEWHERE[which])
+    found = compute_influence(large.model, large.domains, large.references, config, 0)
     present = {name: np.count_nonzero(domain.counts) for name, domain in large.domains.items()}
     few = {name: max(samples.LEAST_SEQUENCES, int(np.ceil(0.1 * count))) for name, count in present.items()}
     assert all(few[name] < count for name, count in present.items())

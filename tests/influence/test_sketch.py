@@ -9,7 +9,7 @@ import torch
 from test_sampling import EXACT, WHOLE, influence, part_of, signs_of
 from tiny import damped_of_few, difference, ekfac_spectra, explicit_matrix, factors, weighted_gradients
 
-from ideal.influence import compute_influence, curvature, engine, samples
+from ideal.influence import InfluenceConfig, compute_influence, curvature, engine, samples
 from ideal.influence.sketch import Sketch, probes
 from ideal.influence.statistics import make_positions
 from ideal.seeding import generator
@@ -190,17 +190,20 @@ def test_sums_do_not_depend_on_batches_parts_or_kept_pairs(world, unbounded):
     assert difference(influence(world, seed=1, **options).matrix, expected.matrix) > 1e-3
 
 
-@pytest.mark.parametrize(("budget", "at_once"), [(70e-6, 3), (60e-6, 2)])
-def test_sums_where_all_domains_gradients_fit_beside_the_curvature(world, unbounded, monkeypatch, budget, at_once):
-    """Three domains: where only two of them do, the covariances take a pass of their own."""
-    layouts, right = [], engine.lay_out
-    monkeypatch.setattr(engine, "lay_out", lambda *args: (layouts.append(right(*args)), layouts[0])[1])
-    found = influence(world, factor_fraction=None, eigenvalue_fraction=0.4, memory_budget=budget)
-    assert layouts[0].in_turns and layouts[0].at_once == at_once
-    sums = {"factor_fraction": 1.0, "sketch_fraction": 0.25} if at_once == 3 else {"factor_fraction": 0.1}
-    given = influence(world, eigenvalue_fraction=0.4, **sums)
-    assert (given.sketch_fraction < 1) == (at_once == 3)
-    assert difference(found.matrix, given.matrix) < EXACT
+@pytest.mark.parametrize("budget", [70e-6, 60e-6, 30e-6])
+@pytest.mark.parametrize("fisher", ["empirical", "sampled"])
+def test_the_default_does_not_depend_on_memory(world, monkeypatch, budget, fisher):
+    """All domains' gradients beside the curvature, two at a time, the layers in parts."""
+    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(curvature, "SUMS_PER_DIMENSION", 1)
+    config = InfluenceConfig(sample_fraction=1.0, error_sequences=5, fisher=fisher)
+    found, limited = (
+        compute_influence(world.model, world.domains, world.references, one, 0)
+        for one in (config, replace(config, memory_budget=budget))
+    )
+    assert found.sketch_fraction == 0.25
+    assert sum(found.eigenvalue_sequences.values()) < sum(found.sequences.values()) / 4
+    assert difference(limited.matrix, found.matrix) < EXACT
 
 
 def test_a_sketch_has_as_many_sums_as_the_widest_layer_asks_for(world, monkeypatch):
