@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ideal.config import flat
+from ideal.config import Command, dump, flat, read_command
 from ideal.errors import UserError
+from ideal.preparation import check_folder
 from ideal.run_folder import RunFolder, influence_csv, read_json, write_atomically, write_json
+from main import ARGUMENTS
 
 
 @pytest.fixture
@@ -99,6 +101,29 @@ def test_check(folder, tmp_path):
     (tmp_path / "other" / "file").write_text("x")
     with pytest.raises(UserError, match="not a run"):
         RunFolder(tmp_path / "other").check(same, flat)
+
+
+def test_a_folder_from_before_covariances_came_from_sums(tmp_path):
+    """A tenth was the default, and neither sums nor fewer eigenvalues were known: K-FAC and the demo still are that."""
+
+    def at(*arguments: str) -> Command:
+        return read_command(ARGUMENTS, ["--output_dir", str(tmp_path), *arguments])
+
+    def older(command: Command, factor_fraction: float) -> None:
+        tree = dump(command.config)
+        del tree["influence"]["sketch_fraction"], tree["influence"]["eigenvalue_fraction"]
+        tree["influence"]["factor_fraction"] = factor_fraction
+        folder.config.write_text(yaml.safe_dump(tree))
+
+    folder, own = RunFolder(tmp_path), ("--model.name_or_path=model", "--data.domains=data")
+    kfac, ekfac = at(*own, "--influence.factors=kfac"), at(*own)
+    for command, fraction in ((kfac, 0.1), (at(), 1.0)):
+        older(command, fraction)
+        check_folder(folder, command)
+    older(ekfac, 0.1)
+    with pytest.raises(UserError, match=r"influence\.factor_fraction \(0\.1 -> 1\.0\)"):
+        check_folder(folder, ekfac)
+    check_folder(folder, at(*own, "--influence.factor_fraction=0.1"))
 
 
 def test_round_is_renamed_when_complete(folder):
