@@ -215,7 +215,8 @@ def test_fractions_that_are_left_out_are_decided_when_the_configuration_is_read(
         return [influence[f"{name}_fraction"] for name in ("factor", "sketch", "eigenvalue")]
 
     assert fractions() == fractions("--influence.memory_budget=1", "--influence.fisher=sampled") == [1.0, 0.25, 0.2]
-    assert fractions("--influence.factors=kfac") == fractions("--influence.solver=cg") == [0.1, 1.0, 1.0]
+    for others in ("--influence.factors=kfac", "--influence.solver=cg", "--influence.sample_fraction=auto"):
+        assert fractions(others) == [0.1, 1.0, 1.0]
     assert fractions("--influence.factor_fraction=1") == [1.0, 1.0, 1.0]
     assert fractions("--influence.eigenvalue_fraction=1") == [0.1, 1.0, 1.0]
     assert fractions("--influence.eigenvalue_fraction=0.5", "--influence.sketch_fraction=1") == [1.0, 1.0, 0.5]
