@@ -32,8 +32,8 @@ class InfluenceConfig:
     """Part of these rows that the covariances are estimated on: at least 32 rows of each domain (320 with K-FAC or the
     joint solver), and 48 positions for each dimension of the widest layer, or all. None: all, since their pass gives
     the domains' gradients too; but a tenth with K-FAC and the joint solver, whose eigenvalues or matrix are those of
-    the same rows, and with eigenvalue_fraction 1, whose rows give the gradients. (sample_fraction auto decides by
-    itself about all three fractions but the next one.)"""
+    the same rows, and with eigenvalue_fraction 1, whose rows give the gradients. With sample_fraction auto neither
+    this nor eigenvalue_fraction counts."""
     sketch_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """For the covariances each sequence's positions are added up, with random signs, to this fraction as many sums:
     worth more than all positions of so many fewer sequences. With EK-FAC their noise is taken out to first order. At
@@ -75,7 +75,11 @@ class InfluenceConfig:
 
     @property
     def fractions(self) -> "Fractions":
-        """Numbers for those that were left out, by what is estimated alone: not by memory or processes."""
+        """Numbers for those that were left out, by what is estimated alone: not by memory or processes.
+
+        All rows for the bases, a quarter as many sums and a fifth of the rows for the eigenvalues were measured in
+        docs/performance.md.
+        """
         bases_alone = self.factors == "ekfac" and self.solver == "direct" and self.sample_fraction != "auto"
         sums = bases_alone and self.factor_fraction is None and self.eigenvalue_fraction != 1
         given = self.factor_fraction, self.sketch_fraction, self.eigenvalue_fraction
