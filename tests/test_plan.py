@@ -389,6 +389,29 @@ def test_work_of_the_joint_solver_by_hand():
     assert (inverse(3) - inverse(1)) / 2 == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("keys", "rotations"),
+    [
+        ({"sample_fraction": 1.0, "error_sequences": 0}, 1),
+        ({"sample_fraction": 1.0, "error_sequences": 8}, 1 + 2),
+        ({"sample_fraction": 0.1, "error_sequences": 8}, 2 + 2),
+        ({"sample_fraction": 1.0, "error_sequences": 0, "eigenvalue_fraction": 0.2}, 1 + 2),
+        ({"sample_fraction": 1.0, "error_sequences": 0, "fisher": "sampled"}, 2),
+        ({"sample_fraction": 1.0, "error_sequences": 8, "fisher": "sampled"}, 2 + 2 * 2),
+    ],
+)
+def test_work_of_the_inverse_by_hand(keys, rotations):
+    """Of two domains' gradients and a capability's: into the bases those that did not come in them, and out of them
+    what scores sequences: V_r where domains are not used whole, the W_j for reference rows."""
+    keys = {f"influence__{key}": value for key, value in keys.items()}
+    fractions = {"influence__factor_fraction": 1.0, "influence__eigenvalue_fraction": 1.0}
+    phases = tiny_plan(machine=DEVICES["h100"], **(fractions | keys)).outer
+    found = next(phase.work.wide for phase in phases if phase.name == "inverse")
+    hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
+    rotation = BLOCKS * 3 * 2 * hidden * wide * (hidden + wide)
+    assert found == pytest.approx(rotations * rotation, rel=1e-6)
+
+
 def test_mean_longest_is_that_of_random_batches():
     lengths = np.random.default_rng(0).integers(5, 400, 60)
     drawn = np.random.default_rng(1).choice(lengths, (20000, 4)).max(axis=1)

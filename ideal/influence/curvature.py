@@ -112,8 +112,8 @@ class Curvatures:
         Args:
             factors: the covariances' sequences, [n], weighted so that they stand for the domains.
             corrected: the eigenvalues', likewise.
-            gradients: per owned layer [n, O, I]; takes up sums of gradients times their repeats, those of
-                `factors` for the domains in `early`, and those of `corrected` for the others.
+            gradients: per owned layer [n, O, I]; takes up sums of gradients G times their repeats, those of
+                `factors` for the domains in `early`, and Q_S^T G Q_A of those of `corrected` for the others.
             again: sequences that these layers will need after this.
         """
         if self.config.factors == "identity":
@@ -216,7 +216,7 @@ class Curvatures:
         label: str,
         again: Sequence[SequenceSet],
     ) -> None:
-        """Lambda, and the gradients of the domains in `late`, which are rotated back."""
+        """Lambda, and the gradients of the domains in `late`, in the bases."""
         shapes = {name: (size, g.width) for g in self.passes.owned(part) for name, size in g.outputs.items()}
         sums = {name: self.passes.zeros(*shape) for name, shape in shapes.items()}
         most, halves = self._halves(shapes, corrected)
@@ -230,11 +230,9 @@ class Curvatures:
                     variances = (total - other).div_(self.total).square_().mul_(most)
                     total += other
                 self._keep(name, total.div_(self.total), variances)
-            for name, rotated in (gradients or {}).items():
-                basis_O, basis_I = bases[name]
-                curvature = Curvature(self._exact(basis_O), self._exact(basis_I), None)
+            for rotated in (gradients or {}).values():
                 for number in late:
-                    rotated[number] = curvature.rotate_back(rotated[number]) / (corrected[number].scale or 1.0)
+                    rotated[number] /= corrected[number].scale or 1.0
         if traces:
             known, here = (torch.stack([*trace.sums.values()]).tolist() if shapes else [] for trace in traces)
             self.ratios |= {

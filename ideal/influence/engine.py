@@ -5,7 +5,8 @@
 1 to 3 the curvature (curvature.py): bases from all of the domains' sequences and eigenvalues from few, or the other
 way round; with their own labels both give gradients too; 4 the capabilities' gradients g_r, and
 5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 1 to 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
-reference rows once more, for the standard errors. Where there is no room for all g_j and V_r together
+reference rows once more, for the standard errors. Where all g_j came with 1 to 3, M is found in the eigenbases, and
+only what scores sequences leaves them. Where there is no room for all g_j and V_r together
 they take turns: each W_j meets the reference rows one by one, which gives M and its errors, and V_r
 only the sequences that the domains' errors are estimated on. A sequence that several phases need goes through
 the model once, while there is room for its pairs (pairs.py). A layer's statistics exist on one rank,
@@ -13,9 +14,10 @@ its group's owner. Suffixes: R capabilities, n domains, I in, O out; the rest in
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import reduce
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from ideal.errors import UserError
 from ideal.influence.adaptive import DIRECTION_ERROR, contributions, more_sequences
 from ideal.influence.config import InfluenceConfig
 from ideal.influence.curvature import Curvatures
-from ideal.influence.ekfac import inner_products
+from ideal.influence.ekfac import Curvature, inner_products
 from ideal.influence.joint import JointSolution, solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers, widest
 from ideal.influence.matrix import fixed_form, objective, ratio_covariance
@@ -165,7 +167,7 @@ class _Engine:
     layers: dict[str, np.ndarray] = field(default_factory=dict)
     solver: dict[str, object] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """[n, O, I] the domains' summed gradients so far, per owned layer."""
+    """[n, O, I] the domains' summed gradients so far, per owned layer; Q_S^T G Q_A of them if they are `in_bases`."""
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.model, deal_out(self.groups, world_size()), self.config, self.seed)
@@ -224,6 +226,9 @@ class _Engine:
         self.rest = [
             chosen.without(there) if self.reuse else chosen for chosen, there in zip(self.training, given, strict=True)
         ]
+        # Gradients that the curvature's passes give whole need not leave its bases; auto's bases change.
+        nothing_to_add = not any(len(chosen.rows) for chosen in self.rest)
+        self.in_bases = self.reuse and nothing_to_add and not self.auto and config.solver == "direct"
 
     def run(self, store: Store) -> Influence:
         """All phases."""
@@ -295,6 +300,10 @@ class _Engine:
 
     def _add_matrices(self, part: list[Group], label: str) -> None:
         """These layers' parts of M, and of the scores."""
+        late = set(range(len(self.pools))) - self.early
+        turned, numbers = (Curvature.rotate, self.early) if self.in_bases else (Curvature.rotate_back, late)
+        if self.reuse and numbers:
+            self._apply_(part, self.gradients, [turned], numbers)
         if self.layout.in_turns:
             self._add_in_turns(part, label)
         else:
@@ -304,17 +313,29 @@ class _Engine:
     def _add_together(self, part: list[Group], label: str) -> None:
         """All g_j and V_r at once."""
         references = self._reference_gradients(part, range(len(self.reference)), label)
-        directions = self._directions(part, references)
-        if not self.reuse:
-            self.gradients = self.passes.per_layer(part, len(self.pools))
-        self._domain_pass(part, directions, self.training_samples, label)
-        if self.auto:
-            directions = self._until_certain(part, references, directions)
-        self._note(part, self._products(directions))
+        if self.in_bases:
+            directions = self._matrix_in_bases(part, references)
+            self._domain_pass(part, directions, self.training_samples, label)
+        else:
+            directions = self._directions(part, references)
+            if not self.reuse:
+                self.gradients = self.passes.per_layer(part, len(self.pools))
+            self._domain_pass(part, directions, self.training_samples, label)
+            if self.auto:
+                directions = self._until_certain(part, references, directions)
+            self._note(part, self._products(directions))
         directions.clear()
         if self.config.error_sequences:
             solutions = self._domain_solutions(part, range(len(self.pools)))
             self._score("reference errors", part, self.reference_samples, solutions, label)
+
+    def _matrix_in_bases(self, part: list[Group], references: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Takes up <Q_S^T V_r Q_A, Q_S^T g_j Q_A>; V_r, in the capabilities' gradients' place, if it is to score."""
+        self._apply_(part, references, [Curvature.rotate, Curvature.divide])
+        self._note(part, self._products(references))
+        if any(sample.slots for sample in self.training_samples):
+            self._apply_(part, references, [Curvature.rotate_back])
+        return references
 
     def _add_in_turns(self, part: list[Group], label: str) -> None:
         """As many gradients at a time as there is room for: no domain is passed over twice, the reference sets are."""
@@ -378,23 +399,38 @@ class _Engine:
         seen = self._seen()[turn.start : turn.stop]
         for sums in self.gradients.values():
             sums /= seen.to(sums.dtype)[:, None, None]
+        if self.in_bases:
+            self._apply_(part, self.gradients, [Curvature.divide, Curvature.rotate_back])
+            return self.gradients
         return self._solved(part, self.gradients, "error_")
 
     def _solved(self, part: list[Group], gradients: dict[str, Tensor], kind: str = "") -> dict[str, Tensor]:
         """(H + D)^-1 V for the owned layers' V [K, O, I], in their place."""
-        with self.passes.timed("inverse"):
-            if self.config.solver == "cg":
+        if self.config.solver == "cg":
+            with self.passes.timed("inverse"):
                 return self._solve_jointly(part, gradients, kind)
-            self._solve_(part, gradients)
+        self._apply_(part, gradients, [Curvature.solve])
         return gradients
 
-    def _solve_(self, part: list[Group], gradients: dict[str, Tensor]) -> None:
-        """(H + D)^-1 V in place of the owned layers' V [K, O, I]."""
-        for group in self.passes.owned(part):
-            for name, curvature in self.curvatures.of(group).items():
-                # One at a time: what the solution needs on the way is one gradient's size, not K.
-                for gradient_OI in gradients.get(name, ()):
-                    gradient_OI.copy_(curvature.solve(gradient_OI))
+    def _apply_(
+        self,
+        part: list[Group],
+        gradients: dict[str, Tensor],
+        steps: Sequence[Callable[[Curvature, Tensor], Tensor]],
+        numbers: Collection[int] | None = None,
+    ) -> None:
+        """What `steps` make of the owned layers' V [K, O, I], one after the other, in their place.
+
+        Args:
+            numbers: which of K; None: all.
+        """
+        with self.passes.timed("inverse"):
+            for group in self.passes.owned(part):
+                for name, curvature in self.curvatures.of(group).items():
+                    # One at a time: what is needed on the way is one gradient's size, not K.
+                    for number, gradient_OI in enumerate(gradients.get(name, ())):
+                        if numbers is None or number in numbers:
+                            gradient_OI.copy_(reduce(lambda found, step: step(curvature, found), steps, gradient_OI))
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """The joint system's V for the owned layers' [K, O, I]; kind: what its numbers' names begin with."""
