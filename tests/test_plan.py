@@ -23,7 +23,7 @@ from ideal.config import validate
 from ideal.distributed import rehearsed, world_size
 from ideal.errors import UserError
 from ideal.footprint import Footprint, fake
-from ideal.influence import DomainSample
+from ideal.influence import DomainSample, engine, samples
 from ideal.influence.samples import LEAST_SEQUENCES
 from ideal.influence.scratch import BUFFER_BYTES, ScratchFile
 from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
@@ -325,6 +325,22 @@ def test_two_halves_of_few_eigenvalues_are_within_the_budget():
         assert statistics(plan, "eigenvalues") <= budget
 
 
+def test_auto_estimates_its_curvature_anew_within_the_budget(monkeypatch):
+    """With all gradients there, the capability's twice; the earlier curvature is gone, and second halves are not."""
+    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 8)
+    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    keys = {"influence__sample_fraction": "auto", "influence__pair_budget": 0}
+    gradient, blocks = 4 * 4 * 3 * MLP, 4
+    hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
+    expected = 4 * blocks * (2 * hidden**2 + 3 * wide**2) + (2 + 2 + 2) * gradient
+    plan = tiny_plan(blocks=blocks, **keys, influence__memory_budget=1.001 * expected / 1e9)
+    held = {p.name: p.memory.get("factors", 0) + p.memory.get("gradients", 0) for p in plan.outer}
+    # First positions' sums are a few bytes more.
+    assert max(held.values()) == held["eigenvalues"] == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(UserError, match="needs the statistics of all layers at once"):
+        tiny_plan(blocks=blocks, **keys, influence__memory_budget=0.98 * expected / 1e9)
+
+
 def test_work_is_that_of_six_flops_per_weight_and_token():
     """Forward and backward are 6 FLOPs per weight and token; frozen, 4, and the statistics on top."""
     plan = tiny_plan(machine=DEVICES["h100"])
@@ -395,14 +411,20 @@ def test_work_of_the_joint_solver_by_hand():
         ({"sample_fraction": 1.0, "error_sequences": 0}, 1),
         ({"sample_fraction": 1.0, "error_sequences": 8}, 1 + 2),
         ({"sample_fraction": 0.1, "error_sequences": 8}, 2 + 2),
-        ({"sample_fraction": 1.0, "error_sequences": 0, "eigenvalue_fraction": 0.2}, 1 + 2),
+        ({"sample_fraction": 1.0, "error_sequences": 0, "eigenvalue_fraction": 0.2}, 2),
+        ({"sample_fraction": 1.0, "error_sequences": 8, "eigenvalue_fraction": 0.2}, 1 + 2 + 2),
+        ({"sample_fraction": 1.0, "error_sequences": 0, "factor_fraction": 0.5, "eigenvalue_fraction": 0.8}, 2 + 2),
         ({"sample_fraction": 1.0, "error_sequences": 0, "fisher": "sampled"}, 2),
         ({"sample_fraction": 1.0, "error_sequences": 8, "fisher": "sampled"}, 2 + 2 * 2),
     ],
 )
-def test_work_of_the_inverse_by_hand(keys, rotations):
+def test_work_of_the_inverse_by_hand(keys, rotations, monkeypatch):
     """Of two domains' gradients and a capability's: into the bases those that did not come in them, and out of them
-    what scores sequences: V_r where domains are not used whole, the W_j for reference rows."""
+    what scores sequences: V_r where domains are not used whole, the W_j for reference rows. M is found outside of
+    them where it takes no more or gradients are added."""
+    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    for least in ("LEAST_SEQUENCES", "FACTOR_SEQUENCES"):
+        monkeypatch.setattr(engine, least, 8)
     keys = {f"influence__{key}": value for key, value in keys.items()}
     fractions = {"influence__factor_fraction": 1.0, "influence__eigenvalue_fraction": 1.0}
     phases = tiny_plan(machine=DEVICES["h100"], **(fractions | keys)).outer

@@ -59,9 +59,9 @@ class FirstPositions:
 
     def shares(self, groups: Sequence[Group]) -> dict[str, float]:
         """Per layer; nan if it saw no token."""
+        norms = torch.stack([self.norms.get(group.name, self.passes.zeros(2)) for group in groups])
         shares: dict[str, float] = {}
-        for group in groups:
-            first, every = all_reduce_(self.norms.get(group.name, self.passes.zeros(2))).tolist()
+        for group, (first, every) in zip(groups, all_reduce_(norms).tolist(), strict=True):
             shares |= dict.fromkeys(group.layers, first / every if every else math.nan)
         return shares
 
@@ -118,6 +118,7 @@ class Curvatures:
         """
         if self.config.factors == "identity":
             return
+        self.store.drop({name for group in part for name in group.layers})
         bases: Bases = {name: (None, None) for group in self.passes.owned(part) for name in group.layers}
         traces: list[Traces] = []
         if self.config.factors in ("ekfac", "kfac"):
@@ -126,12 +127,13 @@ class Curvatures:
             taking = [Gradients(gradients, self.products, early)] if gradients and early else []
             needed = [*corrected, *again] if self.config.factors == "ekfac" else again
             bases = self._eigenbases(part, factors, [*traces[:1], *taking], label, needed)
-            for sums in (gradients or {}).values():
-                for number in early:
-                    sums[number] /= factors[number].scale or 1.0
         if self.config.factors in ("ekfac", "diagonal"):
             late = set(range(len(corrected))).difference(early)
             self._correct_eigenvalues(part, corrected, bases, gradients, late, traces, label, again)
+            with self.passes.timed("eigenvalues"):
+                for sums in (gradients or {}).values():
+                    for number, total in enumerate(sums):
+                        total /= (factors if number in early else corrected)[number].scale or 1.0
         self._set_scale()
 
     def _traces(self, part: list[Group]) -> list[Traces]:
@@ -172,6 +174,7 @@ class Curvatures:
         self._run("covariances", part, factors, accumulators, label, again)
         positions = sum(chosen.positions for chosen in factors)
         with self.passes.timed("eigenbases"):
+            self._check([*inputs.values(), *outputs.values()])
             of_inputs = {name: self._decompose(total, positions) for name, total in _consumed(inputs)}
             of_outputs = {name: self._decompose(total, positions) for name, total in _consumed(outputs)}
         bases: Bases = {}
@@ -197,11 +200,16 @@ class Curvatures:
         sketch = Sketch(self.sketch_fraction, [chosen.name for chosen in factors], self.passes.seed)
         return sketch, sketch.noise(sizes, weights)
 
-    def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:
-        total /= positions
-        if not bool(total.isfinite().all()):
+    def _check(self, totals: Sequence[Tensor]) -> None:
+        """Whether all ranks' covariances are finite: they decide together, and wait for a GPU once."""
+        bad = torch.zeros((), dtype=torch.float64, device=self.passes.device)
+        for total in totals:
+            bad += ~total.isfinite().all()
+        if not bool(all_reduce_(bad) == 0):
             raise UserError("influence: the layers' statistics are not finite; did training diverge?")
-        values, vectors = eigenbasis(total)
+
+    def _decompose(self, total: Tensor, positions: float) -> tuple[Tensor, Tensor]:
+        values, vectors = eigenbasis(total.div_(positions))
         exact = self.passes.dtype == torch.float64
         return values, vectors if exact else vectors.to(BASIS_DTYPES[self.config.basis_dtype])
 
@@ -230,9 +238,6 @@ class Curvatures:
                     variances = (total - other).div_(self.total).square_().mul_(most)
                     total += other
                 self._keep(name, total.div_(self.total), variances)
-            for rotated in (gradients or {}).values():
-                for number in late:
-                    rotated[number] /= corrected[number].scale or 1.0
         if traces:
             known, here = (torch.stack([*trace.sums.values()]).tolist() if shapes else [] for trace in traces)
             self.ratios |= {
@@ -295,9 +300,11 @@ class Curvatures:
             for name in group.layers
         }
 
-    def damping_of(self, group: Group) -> dict[str, float]:
-        """D_l of each of an owned group's layers, in the units of H."""
-        return {name: float(self.damping[name]) * self.scale for name in group.layers}
+    def damping_of(self, groups: Sequence[Group]) -> dict[str, float]:
+        """D_l of each of these owned groups' layers, in the units of H."""
+        names = [name for group in groups for name in group.layers]
+        values = torch.stack([self.damping[name] for name in names]).tolist() if names else []
+        return {name: value * self.scale for name, value in zip(names, values, strict=True)}
 
     def _basis(self, kind: str, name: str) -> Tensor | None:
         return None if self.config.factors == "diagonal" else self._exact(self.store.get(kind, name))

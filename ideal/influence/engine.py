@@ -5,8 +5,8 @@
 1 to 3 the curvature (curvature.py): bases from all of the domains' sequences and eigenvalues from few, or the other
 way round; with their own labels both give gradients too; 4 the capabilities' gradients g_r, and
 5 V_r = (H + D)^-1 g_r; 6 the gradients g_j that did not come with 1 to 3; 7 M; 8 W_j = (H + D)^-1 g_j and some
-reference rows once more, for the standard errors. Where all g_j came with 1 to 3, M is found in the eigenbases, and
-only what scores sequences leaves them. Where there is no room for all g_j and V_r together
+reference rows once more, for the standard errors. Gradients that all came with 1 to 3 are kept in the eigenbases: M is
+found there, and only what scores sequences leaves them. Where there is no room for all g_j and V_r together
 they take turns: each W_j meets the reference rows one by one, which gives M and its errors, and V_r
 only the sequences that the domains' errors are estimated on. A sequence that several phases need goes through
 the model once, while there is room for its pairs (pairs.py). A layer's statistics exist on one rank,
@@ -17,7 +17,6 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import reduce
 
 import numpy as np
 import torch
@@ -167,7 +166,8 @@ class _Engine:
     layers: dict[str, np.ndarray] = field(default_factory=dict)
     solver: dict[str, object] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
-    """[n, O, I] the domains' summed gradients so far, per owned layer; Q_S^T G Q_A of them if they are `in_bases`."""
+    """[n, O, I] the domains' summed gradients so far, per owned layer; once the curvature is known, all of them in its
+    bases (Q_S^T G Q_A) if `in_bases`, or none."""
 
     def __post_init__(self) -> None:
         self.passes = Passes(self.model, deal_out(self.groups, world_size()), self.config, self.seed)
@@ -175,7 +175,8 @@ class _Engine:
         sizes = len(self.pools), len(self.reference), self.passes.dtype.itemsize
         self.layout = lay_out(self.groups, self.passes.owners, self.config, *sizes)
         self.auto = self.config.sample_fraction == "auto"
-        if len(self.layout.gradient_parts) > 1 and (self.auto or self.config.solver == "cg"):
+        in_parts = len(self.layout.gradient_parts) > 1 or self.layout.spilled
+        if in_parts and (self.auto or self.config.solver == "cg"):
             key = "sample_fraction: auto" if self.auto else "solver: cg"
             raise UserError(
                 f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
@@ -226,9 +227,15 @@ class _Engine:
         self.rest = [
             chosen.without(there) if self.reuse else chosen for chosen, there in zip(self.training, given, strict=True)
         ]
-        # Gradients that the curvature's passes give whole need not leave its bases; auto's bases change.
-        nothing_to_add = not any(len(chosen.rows) for chosen in self.rest)
-        self.in_bases = self.reuse and nothing_to_add and not self.auto and config.solver == "direct"
+        self.in_bases = self._stays_in_bases()
+
+    def _stays_in_bases(self) -> bool:
+        """Whether M is found in the eigenbases: no gradient is to come, and it takes no more rotations."""
+        if not self.reuse or self.auto or self.config.solver == "cg" or any(len(chosen.rows) for chosen in self.rest):
+            return False
+        scored = self.config.error_sequences or self.layout.in_turns
+        # Those of `early` and the capabilities' into the bases; else the others and V_r out of them too.
+        return bool(scored) or 2 * len(self.early) <= len(self.pools) + len(self.reference)
 
     def run(self, store: Store) -> Influence:
         """All phases."""
@@ -301,9 +308,9 @@ class _Engine:
     def _add_matrices(self, part: list[Group], label: str) -> None:
         """These layers' parts of M, and of the scores."""
         late = set(range(len(self.pools))) - self.early
-        turned, numbers = (Curvature.rotate, self.early) if self.in_bases else (Curvature.rotate_back, late)
+        rotation, numbers = (Curvature.rotate, self.early) if self.in_bases else (Curvature.rotate_back, late)
         if self.reuse and numbers:
-            self._apply_(part, self.gradients, [turned], numbers)
+            self._apply_(part, self.gradients, rotation, numbers)
         if self.layout.in_turns:
             self._add_in_turns(part, label)
         else:
@@ -314,8 +321,7 @@ class _Engine:
         """All g_j and V_r at once."""
         references = self._reference_gradients(part, range(len(self.reference)), label)
         if self.in_bases:
-            directions = self._matrix_in_bases(part, references)
-            self._domain_pass(part, directions, self.training_samples, label)
+            self._add_in_bases(part, references, label)
         else:
             directions = self._directions(part, references)
             if not self.reuse:
@@ -324,18 +330,19 @@ class _Engine:
             if self.auto:
                 directions = self._until_certain(part, references, directions)
             self._note(part, self._products(directions))
-        directions.clear()
+            directions.clear()
+        references.clear()
         if self.config.error_sequences:
             solutions = self._domain_solutions(part, range(len(self.pools)))
             self._score("reference errors", part, self.reference_samples, solutions, label)
 
-    def _matrix_in_bases(self, part: list[Group], references: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Takes up <Q_S^T V_r Q_A, Q_S^T g_j Q_A>; V_r, in the capabilities' gradients' place, if it is to score."""
-        self._apply_(part, references, [Curvature.rotate, Curvature.divide])
+    def _add_in_bases(self, part: list[Group], references: dict[str, Tensor], label: str) -> None:
+        """M, and the domains' scores, from the capabilities' gradients, whose place V_r takes."""
+        self._apply_(part, references, lambda curvature, g_OI: curvature.divide(curvature.rotate(g_OI)))
         self._note(part, self._products(references))
         if any(sample.slots for sample in self.training_samples):
-            self._apply_(part, references, [Curvature.rotate_back])
-        return references
+            self._apply_(part, references, Curvature.rotate_back)
+            self._score("domain errors", part, self.training_samples, references, label)
 
     def _add_in_turns(self, part: list[Group], label: str) -> None:
         """As many gradients at a time as there is room for: no domain is passed over twice, the reference sets are."""
@@ -389,10 +396,16 @@ class _Engine:
                 total /= one.seen
         return sums
 
-    def _directions(self, part: list[Group], references: dict[str, Tensor]) -> dict[str, Tensor]:
-        """V_r [R, O, I], in the place of the gradients unless auto may need them again."""
-        copies = {name: tensor.clone() for name, tensor in references.items()} if self.auto else references
-        return self._solved(part, copies)
+    def _directions(
+        self, part: list[Group], references: dict[str, Tensor], earlier: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """V_r [R, O, I], in the place of the gradients, or of `earlier` V_r; auto may need the gradients again."""
+        if not self.auto:
+            return self._solved(part, references)
+        place = self.passes.per_layer(part, len(self.reference)) if earlier is None else earlier
+        for name, tensor in references.items():
+            place[name].copy_(tensor)
+        return self._solved(part, place)
 
     def _domain_solutions(self, part: list[Group], turn: range) -> dict[str, Tensor]:
         """W_j [K, O, I] of some domains, in the place of their summed gradients."""
@@ -400,7 +413,7 @@ class _Engine:
         for sums in self.gradients.values():
             sums /= seen.to(sums.dtype)[:, None, None]
         if self.in_bases:
-            self._apply_(part, self.gradients, [Curvature.divide, Curvature.rotate_back])
+            self._apply_(part, self.gradients, lambda curvature, g_OI: curvature.rotate_back(curvature.divide(g_OI)))
             return self.gradients
         return self._solved(part, self.gradients, "error_")
 
@@ -409,17 +422,17 @@ class _Engine:
         if self.config.solver == "cg":
             with self.passes.timed("inverse"):
                 return self._solve_jointly(part, gradients, kind)
-        self._apply_(part, gradients, [Curvature.solve])
+        self._apply_(part, gradients, Curvature.solve)
         return gradients
 
     def _apply_(
         self,
         part: list[Group],
         gradients: dict[str, Tensor],
-        steps: Sequence[Callable[[Curvature, Tensor], Tensor]],
+        step: Callable[[Curvature, Tensor], Tensor],
         numbers: Collection[int] | None = None,
     ) -> None:
-        """What `steps` make of the owned layers' V [K, O, I], one after the other, in their place.
+        """What `step` makes of the owned layers' V [K, O, I], in their place.
 
         Args:
             numbers: which of K; None: all.
@@ -430,7 +443,7 @@ class _Engine:
                     # One at a time: what is needed on the way is one gradient's size, not K.
                     for number, gradient_OI in enumerate(gradients.get(name, ())):
                         if numbers is None or number in numbers:
-                            gradient_OI.copy_(reduce(lambda found, step: step(curvature, found), steps, gradient_OI))
+                            gradient_OI.copy_(step(curvature, gradient_OI))
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """The joint system's V for the owned layers' [K, O, I]; kind: what its numbers' names begin with."""
@@ -461,7 +474,7 @@ class _Engine:
             batches,
             gradients,
             {name: one for group in owned for name, one in self.curvatures.of(group).items()},
-            {name: value for group in owned for name, value in self.curvatures.damping_of(group).items()},
+            self.curvatures.damping_of(owned),
             self.total,
             iterations,
             JOINT_RESIDUAL,
@@ -546,7 +559,7 @@ class _Engine:
         alpha, change, doubled = self._alpha(directions)[1], math.inf, False
         while change > DIRECTION_ERROR and self._double_factors():
             self.curvatures.estimate(part, self.factors, self.corrected)
-            directions, before, doubled = self._directions(part, references), alpha, True
+            directions, before, doubled = self._directions(part, references, directions), alpha, True
             alpha = self._alpha(directions)[1]
             # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
             change = float(np.linalg.norm(alpha - before) / (np.linalg.norm(alpha) or 1.0))
@@ -611,11 +624,16 @@ class _Engine:
 
     def _note(self, part: list[Group], products: dict[str, Tensor]) -> None:
         """Takes up the layers' parts of M from their owners."""
-        for group in part:
-            for name in group.layers:
-                self.layers[name] = self._sum({name: products[name]} if name in products else {})
-                if not np.isfinite(self.layers[name]).all():
-                    raise UserError(f"influence: the statistics of {name} are not finite; did training diverge?")
+        names = [name for group in part for name in group.layers]
+        tables = self._table(len(names), len(self.reference), len(self.pools))
+        for number, name in enumerate(names):
+            if name in products:
+                tables[number] = products[name]
+        found = dict(zip(names, -self.shares * all_reduce_(tables).cpu().numpy(), strict=True))
+        for name, matrix in found.items():
+            if not np.isfinite(matrix).all():
+                raise UserError(f"influence: the statistics of {name} are not finite; did training diverge?")
+        self.layers |= found
 
     def _result(self, dropped: set[str]) -> Influence:
         """What all parts give together."""

@@ -186,10 +186,11 @@ def lay_out(
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
     factors = {name: size.factors + size.halves for name, size in sizes.items()}
-    # auto keeps the capabilities' gradients beside the V_r: it may need them again.
-    together = domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
-    # The capabilities' gradients come where second halves were.
-    whole = {name: size.factors + together * size.gradient for name, size in sizes.items()}
+    # auto keeps the capabilities' gradients beside the V_r: it may need them again, with a new curvature.
+    auto = config.sample_fraction == "auto"
+    together = domains + capabilities * (2 if auto else 1)
+    # The capabilities' gradients come where second halves were, but for auto's: it estimates these with all there.
+    whole = {name: size.factors + auto * size.halves + together * size.gradient for name, size in sizes.items()}
     if len(_parts(groups, owners, whole, budget)) == 1:
         return Layout([groups], [groups], together, in_turns=False, spilled=False)
     factor_parts = _parts(groups, owners, factors, budget)
@@ -197,7 +198,7 @@ def lay_out(
     resident = budget - max(_loads(groups, owners, factors).values())
     fetched = budget - max(factors.values())
     # Both look at all gradients again and again.
-    turns = config.sample_fraction != "auto" and config.solver == "direct"
+    turns = not auto and config.solver == "direct"
     counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
     found = [
         Layout(factor_parts, parts, count, in_turns=count < together, spilled=room is fetched)

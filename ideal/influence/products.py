@@ -69,9 +69,10 @@ class Products:
 
     def outer(self, d_NO: Tensor, x_NI: Tensor) -> Tensor:
         """d^T x of one sequence, [O, I]."""
-        if self.narrow(x_NI.device):
-            return (d_NO.bfloat16().mT @ x_NI.bfloat16()).to(self.dtype)
-        return d_NO.to(self.dtype).mT @ x_NI.to(self.dtype)
+        if self.narrow(x_NI.device) and x_NI.device.type == "cuda":
+            return torch.mm(d_NO.bfloat16().mT, x_NI.bfloat16(), out_dtype=torch.float32)
+        with _rounding(self.narrow(x_NI.device)):
+            return d_NO.to(self.dtype).mT @ x_NI.to(self.dtype)
 
 
 @contextmanager

@@ -127,7 +127,10 @@ class _RehearsedEngine(_Engine):
     def _until_certain(
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """At worst all sequences are taken, and have been kept for the curvature."""
+        """At worst all sequences are taken, for the curvature too, and have been kept for that."""
+        while self._double_factors():
+            self.curvatures.estimate(part, self.factors, self.corrected)
+            directions = self._directions(part, references, directions)
         self._domain_pass(part, directions, self._take(self._available()), "")
         drawn = self.config.fisher == "sampled"
         _, rest = self.passes.pairs.split(part, self.pools, drawn)

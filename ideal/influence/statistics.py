@@ -153,8 +153,9 @@ def make_batch(
 
 
 def on_device(array: np.ndarray, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor of these numbers."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device=device, dtype=dtype, non_blocking=True)
+    """A tensor of these numbers; from pinned memory a GPU fetches them while the host goes on."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array)).to(dtype)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @contextmanager
@@ -367,21 +368,18 @@ class Scores:
             if slot in picked and weight
         ]
         scores = self.scores[positions.set_index]
+        slots = on_device(np.array(positions.slots)[chosen], scores.device)
+        weights = on_device(np.array(positions.weights)[chosen], scores.device, scores.dtype)
         for name, d_NO in outputs.items():
             pairs = list(positions.sequences(x_NI, d_NO))
             flat = self.directions[name].flatten(1)
             for start in range(0, len(chosen), SCORE_CHUNK):
-                part = chosen[start : start + SCORE_CHUNK]
-                gradients = torch.stack([self.products.outer(pairs[number][1], pairs[number][0]) for number in part])
+                part = slice(start, start + SCORE_CHUNK)
+                gradients = torch.stack([self.products.outer(d, x) for x, d in (pairs[i] for i in chosen[part])])
                 found = (gradients.flatten(1) @ flat.mT).to(scores.dtype)
-                scores.index_add_(
-                    0, on_device(np.array([positions.slots[number] for number in part]), scores.device), found
-                )
+                scores.index_add_(0, slots[part], found)
                 if self.streams is not None:
-                    weights = on_device(
-                        np.array([positions.weights[number] for number in part]), scores.device, scores.dtype
-                    )
-                    self.streams[name][:, positions.set_index] += weights @ found
+                    self.streams[name][:, positions.set_index] += weights[part] @ found
 
 
 class _Capture(torch.autograd.Function):

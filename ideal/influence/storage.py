@@ -1,7 +1,7 @@
 """Where finished tensors wait: beside the model, in host memory, or in memory-mapped files."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -22,12 +22,15 @@ class Store:
         self.device, self.place, self.folder = device, place, folder
         self.tensors: dict[tuple[str, str], Tensor] = {}
         self.files: dict[tuple[str, str], Path] = {}
+        self.written = 0
 
     def put(self, kind: str, name: str, tensor: Tensor) -> None:
-        """Keeps a tensor, in place of an earlier one of that name."""
+        """Keeps a tensor; what was kept under this name must have been dropped."""
+        assert (kind, name) not in self.tensors and (kind, name) not in self.files
         if self.place == "disk":
             assert self.folder is not None
-            path = self.folder / f"{len(self.files)}.safetensors"
+            path = self.folder / f"{self.written}.safetensors"
+            self.written += 1
             save_file({"tensor": tensor.contiguous()}, path)
             self.files[kind, name] = path
         else:
@@ -40,6 +43,13 @@ class Store:
                 tensor: Tensor = file.get_tensor("tensor")
                 return tensor.to(self.device)
         return self.tensors[kind, name].to(self.device)
+
+    def drop(self, names: Collection[str]) -> None:
+        """Lets go of the tensors of these names, of all kinds."""
+        for key in [key for key in self.tensors if key[1] in names]:
+            del self.tensors[key]
+        for key in [key for key in self.files if key[1] in names]:
+            self.files.pop(key).unlink()
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def influence_figure(run: RunFiles, round_number: int) -> Figure | None:
     rows, objective = list(influence["capabilities"]), influence_objective(run, round_number, form)
     domains = influence["domains"]
     exponent = _exponent(matrix if objective is None else np.vstack([matrix, objective]))
-    errors = influence_errors(influence, form)
+    errors = np.linalg.norm(influence_errors(influence, form), axis=0)
     height = 0.52 if np.isfinite(errors).any() else 0.44
     size = (max(6.0, 4.2 + 0.85 * len(domains)), 2.5 + height * (len(rows) + 1))
     figure = Figure(figsize=size, layout="constrained")

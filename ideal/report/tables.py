@@ -284,7 +284,8 @@ def change_table(run: RunFiles) -> Table:
 def influence_table(run: RunFiles, round_number: int, form: str) -> Table:
     """The influence matrix in its `form`, "free" or "fixed": capabilities, then the objective, by domains.
 
-    Entries carry their standard errors, where they were estimated; an uncertain sign is marked.
+    Entries carry their standard errors, where they were estimated: of the training sequences, then of the reference
+    rows (of both together in files that do not tell them apart); an uncertain sign is marked.
     """
     influence = run.round(round_number).influence
     matrix = influence_matrix(influence, form)
@@ -292,12 +293,12 @@ def influence_table(run: RunFiles, round_number: int, form: str) -> Table:
         return Table("", [], [])
     errors = influence_errors(influence, form)
     rows = [
-        [name, *map(with_error, values, spread)]
-        for name, values, spread in zip(influence["capabilities"], matrix, errors, strict=True)
+        [name, *map(with_errors, values, *spread)]
+        for name, values, *spread in zip(influence["capabilities"], matrix, *errors, strict=True)
     ]
     objective = influence_objective(run, round_number, form)
     if objective is not None:
-        rows.append(["objective", *map(with_error, objective, objective_errors(influence, form).combined)])
+        rows.append(["objective", *map(with_errors, objective, *objective_errors(influence, form))])
     return Table("", ["capability", *influence["domains"]], rows)
 
 
@@ -338,15 +339,17 @@ def influence_objective(run: RunFiles, round_number: int, form: str) -> np.ndarr
     return None if free is None or shares is None else free - shares * free.sum()
 
 
-def influence_errors(influence: Json, form: str) -> np.ndarray:
-    """Combined standard errors [R, n] of M in its "free" or "fixed" form; nan where the file has none."""
+def influence_errors(influence: Json, form: str) -> tuple[np.ndarray, ...]:
+    """Standard errors [R, n] of M in its "free" or "fixed" form, by source; nan where the file has none.
+
+    Of both sources together, in one array, where the file is from before they were told apart.
+    """
     shape = (len(influence.get("capabilities", [])), len(influence.get("domains", [])))
     found = influence.get("standard_errors")
     if isinstance(found, list):
-        # Written before errors were told apart by source: those of the free form, combined.
         old = _array(found, shape) if form == "free" else None
-        return np.full(shape, np.nan) if old is None else old
-    return _errors(influence, "matrix" if form == "free" else "matrix_fixed", shape).combined
+        return (np.full(shape, np.nan) if old is None else old,)
+    return _errors(influence, "matrix" if form == "free" else "matrix_fixed", shape)
 
 
 def objective_errors(influence: Json, form: str) -> Errors:
@@ -596,10 +599,11 @@ def plain(value: Any) -> str:
     return MISSING if found is None else f"{found:.1e}"
 
 
-def with_error(value: Any, error: Any) -> str:
-    """A number with its standard error, if that is known, and a mark if they leave its sign open."""
-    known = number(error)
-    return scientific(value) if known is None else f"{scientific(value)} ± {plain(known)}{doubt(value, known)}"
+def with_errors(value: Any, *errors: Any) -> str:
+    """A number with its independent standard errors, if any is known, and a mark if they leave its sign open."""
+    if all(number(error) is None for error in errors):
+        return scientific(value)
+    return " ± ".join([scientific(value), *map(plain, errors)]) + doubt(value, np.linalg.norm(errors))
 
 
 def doubt(value: Any, error: Any) -> str:

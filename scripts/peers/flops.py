@@ -2,7 +2,8 @@
 
 A product of [a, b] and [b, c] is 2 a b c. Symmetric sums count as the half that is needed, attention as dense,
 padding and the eigendecompositions not at all. Only for all statistics of all sequences: EK-FAC, empirical Fisher,
-all gradients together, one part, no standard errors.
+all gradients together, one part, no standard errors, and every pass through the model, as on a GPU by default (where
+pairs are kept, the eigenvalues' forward and backward pass is not done).
 """
 
 from dataclasses import dataclass

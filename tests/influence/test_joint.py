@@ -396,6 +396,12 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     print(f"EK-FAC {cosine(block, exact):.4f} {spearman(block[off], exact[off]):.4f}; {solution.residuals[-1]}")
     assert solution.iterations == 20
     assert cosine(found, exact) > 0.99 and spearman(found[off], exact[off]) > 0.95
+    # And as a run does it, which stops at a residual.
+    asked = InfluenceConfig(solver="cg", sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
+    run = compute_influence(model, domains, world.references, asked, seed)
+    print(f"as a run: {cosine(run.matrix, exact):.5f} {spearman(run.matrix[off], exact[off]):.4f}; {run.solver}")
+    assert run.solver["iterations"] <= 20
+    assert cosine(run.matrix, exact) > 0.99 and spearman(run.matrix[off], exact[off]) > 0.95
     # Otherwise nothing would have been shown.
     assert cosine(block, exact) < 0.98 and spearman(block[off], exact[off]) < 0.9
 

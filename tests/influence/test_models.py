@@ -150,7 +150,7 @@ def test_sequences_of_very_different_lengths(uneven, batch_size):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_a_domain_whose_labels_are_all_masked(uneven, batch_size):
-    """Its batches carry nothing; nor do masked rows inside the other sets, whole batches of them included."""
+    """Its batches carry nothing; nor do masked rows inside the other sets, which never reach a batch."""
     world, expected = uneven
     masked = [{"input_ids": [1, 2, 3, 4] * 9, "labels": [-100] * 36}] * 5
 

@@ -176,6 +176,12 @@ def test_bfloat16_products_sum_in_float32():
     assert (total == 1000).all()
 
 
+def test_a_sequences_bfloat16_products_sum_in_float32():
+    """1001 is no bfloat16 number: neither the sum over positions nor what it is handed on in is rounded."""
+    ones = torch.ones(1001, 128)
+    assert (Products(torch.float32, bf16=True).outer(ones, ones.bfloat16()) == 1001).all()
+
+
 def test_prompt_positions_count_and_later_ones_do_not(world):
     """The gradient reaches x at the prompt; what follows the last trained label changes nothing."""
     short = {"input_ids": [0, 5, 6, 7, 8], "labels": [-100, -100, -100, 7, 8]}

@@ -222,8 +222,10 @@ def test_errors_by_source_and_uncertain_signs(tmp_path: Path, budget: str) -> No
     for form, key in [("free", "matrix"), ("fixed", "matrix_fixed")]:
         *rows, objective = influence_table(run, 0, form).rows
         for cells, values in zip(rows, influence[key], strict=True):
-            assert cells[1] == f"{values[0]:+.2e} ± {0.5 * abs(values[0]):.1e}"
-            assert cells[5] == f"{values[4]:+.2e} ± {0.9 * abs(values[4]):.1e} ?"
+            for number, part, mark in [(0, 0.1, ""), (4, 0.18, " ?")]:
+                value = values[number]
+                by_source = [f"{times * part * abs(value):.1e}" for times in (3, 4)]
+                assert cells[number + 1] == " ± ".join([f"{value:+.2e}", *by_source]) + mark
         assert [" ?" in cell for cell in objective] == [False] * 5 + [True]
     alpha = alpha_table(run, 0)
     for (name, *cells), value in zip(alpha.rows, influence["alpha"], strict=True):
