@@ -616,11 +616,11 @@ def doubt(value: Any, error: Any) -> str:
 
 def duration(seconds: float) -> str:
     """A duration for a person."""
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 1:
-        return f"{rest:.1f} s"
-    hours, minutes = divmod(int(minutes), 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02.0f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def _loss(evaluation: Mapping[str, Any], kind: str, capability: str | None) -> float | None:

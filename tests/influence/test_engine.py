@@ -31,7 +31,16 @@ from tiny import (
 from torch import nn
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, compute_influence, curvature, engine, fixed_form, samples
+from ideal.influence import (
+    DomainSample,
+    InfluenceConfig,
+    compute_influence,
+    curvature,
+    engine,
+    fixed_form,
+    samples,
+    statistics,
+)
 from ideal.influence.storage import Store
 from ideal.seeding import generator
 
@@ -286,7 +295,8 @@ def test_budgets(two_layers, budget, factor_parts, gradient_parts, at_once, spil
 
 
 @pytest.mark.parametrize("error_sequences", [0, 4])
-def test_turns_measure_on_all_reference_rows_whatever_is_asked_for_errors(two_layers, error_sequences):
+def test_turns_measure_on_all_reference_rows_whatever_is_asked_for_errors(two_layers, error_sequences, monkeypatch):
+    monkeypatch.setattr(statistics, "SCORE_CHUNK", 3)  # of a batch of more sequences
     options = {"sample_fraction": 0.95, "error_sequences": error_sequences}
     found, expected = influence(two_layers, memory_budget=92e-6, **options), influence(two_layers, **options)
     assert difference(found.matrix, expected.matrix) < EXACT

@@ -4,10 +4,10 @@ Real engine, trained model. A domain has 300 sequences, many repeated in the mix
 100, again and again in another order. A capability is a source of 8000 rows in 200 disjoint reference sets of 40.
 
 The errors take the factors as known, so the first two tests keep them the same throughout. The last one lets every
-subsample estimate its own, from all its sequences: the intervals still hold. From a third of the sequences (32 of 100)
-they did not: the matrix was 10% larger as a whole, entries were covered 59 to 97 times in 100, and centred alpha 91 to
-92 times. (Bases and eigenvalues of the same few sequences fit these too well, and other gradients too badly.) That is
-the part which the errors leave out.
+subsample estimate its own, from all its sequences or as by default: the intervals still hold. With bases and
+eigenvalues of the same third of the sequences (32 of 100) they did not: the matrix was 10% larger as a whole, entries
+were covered 59 to 97 times in 100, and centred alpha 91 to 92 times. (They fit these sequences too well, and other
+gradients too badly.) That is the part which the errors leave out.
 """
 
 from dataclasses import replace
@@ -48,12 +48,12 @@ def estimate(world, mixture, monkeypatch):
     chosen = {}
     monkeypatch.setattr(engine, "draw_domain", lambda name, *_: chosen[name])
 
-    def run(rows, references, factors="ekfac"):
+    def run(rows, references, factors="ekfac", factor_fraction=1.0):
         for kind, domain in mixture.items():
             chosen[kind] = subset(kind, domain, np.arange(POOL) if rows is None else rows[kind])
         # No kept pairs: a slot of the factors below is another sequence than the same slot of the gradients.
         config = InfluenceConfig(
-            factors=factors, factor_fraction=1.0, error_sequences=SIZE, batch_size=SIZE, pair_budget=0
+            factors=factors, factor_fraction=factor_fraction, error_sequences=SIZE, batch_size=SIZE, pair_budget=0
         )
         return compute_influence(world.model, mixture, references, config, seed=0)
 
@@ -161,13 +161,19 @@ def three(found, start):
     )
 
 
-def test_factors_of_the_subsample_itself(estimate):
-    """45 subsamples, each with its own factors: covered 90 times or more, errors at most a quarter too wide.
+@pytest.mark.parametrize("factor_fraction", [1.0, None])
+def test_factors_of_the_subsample_itself(estimate, factor_fraction):
+    """45 subsamples, each with its own factors, of all positions or as by default: 90 to 98 in 100, within 25%.
 
-    They are a little wide, since a gradient that is large by chance meets a curvature that is, too.
+    Of one number the coverage is known to 4.5 in 100. With all positions errors are a little wide, since a gradient
+    that is large by chance meets a curvature that is, too. By default bases come from a quarter as many sums, and
+    eigenvalues from 32 of 100 sequences; what that adds is too little to be seen here.
     """
     references = {kind: toy_rows(kind, 40, 1077) for kind in CAPABILITIES}
     truth = estimate(None, references)
-    draws = [estimate(rows, references) for rows in disjoint(15)]
+    draws = [estimate(rows, references, factor_fraction=factor_fraction) for rows in disjoint(15)]
+    eigenvalues, sums = (32, 0.25) if factor_fraction is None else (SIZE, 1.0)
+    assert set(draws[0].eigenvalue_sequences.values()) == {eigenvalues} and draws[0].sketch_fraction == sums
     for form, (covered, width) in intervals(draws, truth, "training").items():
-        assert covered.mean() >= 0.90 and 0.9 < width.mean() < 1.25, (form, covered, width)
+        assert 0.90 <= covered.mean() <= 0.98 and covered.min() >= 0.90 - 2 * 0.045, (form, covered)
+        assert np.abs(width - 1).max() < 0.25, (form, width)

@@ -14,8 +14,8 @@ def test_what_is_kept_comes_back(place, dtype, tmp_path):
     store = Store(HOST, place, tmp_path)
     kept = {
         (kind, name): torch.randn(3, 5, dtype=torch.float64).to(dtype)
-        for kind in ("basis_O", "eigenvalues")
         for name in ("first", "second")
+        for kind in ("basis_O", "eigenvalues")
     }
     for key, tensor in kept.items():
         store.put(*key, tensor)

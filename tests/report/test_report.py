@@ -14,7 +14,7 @@ import yaml
 
 from ideal.report import final_summary, load_run, render_report, round_table, tables
 from ideal.report.figures import influence_figure, ratios_figure
-from ideal.report.tables import WIDTH, alpha_table, as_text, influence_table, overview_table, shorten
+from ideal.report.tables import WIDTH, alpha_table, as_text, duration, influence_table, overview_table, shorten
 
 FIVE = ["math", "coding", "reasoning", "instruction", "trust"]
 NASTY = '<b>&"$x$'
@@ -375,6 +375,14 @@ def test_numbers_that_are_none(tmp_path: Path) -> None:
     write(path, {**influence, "standard_errors": half})
     rows = alpha_table(load_run(folder), 0).rows
     assert [(row[2], row[4], row[5]) for row in rows] == [("-", "-", "-")] * 2 and rows[0][3] != "-"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.04, "0.0 s"), (59.9, "59.9 s"), (119.7, "2 min 00 s"), (3599.4, "59 min 59 s"), (3599.6, "1 h 00 min")],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
 
 
 def test_errors_of_an_older_run(tmp_path: Path) -> None:
