@@ -358,7 +358,8 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     """EVIDENCE's network: after training, EK-FAC's matrix and the joint one are far apart.
 
     Measured over seeds 0, 1, 2: cosine .9999, .9997, 1.0000 and off-diagonal Spearman .996, 1.000, .997
-    after 20 iterations; EK-FAC's own .966, .915, .922 and .66, .35, .53.
+    after 20 iterations; EK-FAC's own .966, .915, .922 and .66, .35, .53. As a run solves it: .9997 or more and .994 or
+    more after 19.
     """
     model = tiny_llama(1, seed, vocab_size=64, intermediate_size=32)
     examples = {kind: toy_rows(kind, 32, seed) for kind in STEPS}
@@ -397,7 +398,9 @@ def test_twenty_iterations_give_the_exact_joint_matrix(seed):
     assert solution.iterations == 20
     assert cosine(found, exact) > 0.99 and spearman(found[off], exact[off]) > 0.95
     # And as a run does it, which stops at a residual.
-    asked = InfluenceConfig(solver="cg", sample_fraction=1.0, factor_fraction=1.0, error_sequences=0)
+    asked = InfluenceConfig(
+        solver="cg", sample_fraction=1.0, factor_fraction=1.0, error_sequences=0, batch_size=64
+    )
     run = compute_influence(model, domains, world.references, asked, seed)
     print(f"as a run: {cosine(run.matrix, exact):.5f} {spearman(run.matrix[off], exact[off]):.4f}; {run.solver}")
     assert run.solver["iterations"] <= 20
