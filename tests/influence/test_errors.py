@@ -175,5 +175,6 @@ def test_factors_of_the_subsample_itself(estimate, factor_fraction):
     eigenvalues, sums = (32, 0.25) if factor_fraction is None else (SIZE, 1.0)
     assert set(draws[0].eigenvalue_sequences.values()) == {eigenvalues} and draws[0].sketch_fraction == sums
     for form, (covered, width) in intervals(draws, truth, "training").items():
+        print(f"{form}: covered {covered.mean():.3f}, widths {width.min():.2f} to {width.max():.2f}")
         assert 0.90 <= covered.mean() <= 0.98 and covered.min() >= 0.90 - 2 * 0.045, (form, covered)
         assert np.abs(width - 1).max() < 0.25, (form, width)
