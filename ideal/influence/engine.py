@@ -45,7 +45,7 @@ from ideal.influence.samples import (
     picked_for_errors,
     whole_reference,
 )
-from ideal.influence.statistics import Accumulator, Batch, Gradients, Scores, frozen
+from ideal.influence.statistics import Accumulator, Batch, Gradients, Scores, frozen, unpacked
 from ideal.influence.storage import Store, opened_store
 
 JOINT_RESIDUAL = 5e-2
@@ -84,7 +84,7 @@ def compute_influence(
     layers = tracked_layers(model, config.layers)
     _say_what_is_tracked(model, layers)
     alike = np.full(len(reference), 1 / len(reference))
-    with frozen(model):
+    with frozen(model), unpacked():
         groups = shared_inputs(model, layers, _first_ids(pools).to(next(model.parameters()).device))
         engine = _Engine(
             model, groups, pools, reference, config, seed, alike if weights is None else np.asarray(weights)

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 
 from ideal.distributed import exchange, rank, world_size
 from ideal.errors import UserError
@@ -184,6 +185,20 @@ def frozen(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
+
+
+@contextmanager
+def unpacked() -> Iterator[None]:
+    """Keeps transformers from asking the device in every forward pass whether rows are packed, which it waits for.
+
+    Ours are not: each is one sequence, whose positions count from zero.
+    """
+    asks = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asks
 
 
 def _recomputes(module: nn.Module) -> bool:

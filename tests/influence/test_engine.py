@@ -29,6 +29,7 @@ from tiny import (
     weights_of,
 )
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ideal.errors import UserError
 from ideal.influence import (
@@ -302,6 +303,61 @@ def test_turns_measure_on_all_reference_rows_whatever_is_asked_for_errors(two_la
     assert difference(found.matrix, expected.matrix) < EXACT
     for covariance in (found.reference_covariance, found.training_covariance):
         assert np.isnan(covariance).all() == (error_sequences == 0)
+
+
+class HostWaits(TorchDispatchMode):
+    """Counts what has the host wait for a GPU: numbers that it reads, and sizes that depend on numbers.
+
+    What it moves to the host is counted where the tests run too, where the device is the host.
+    """
+
+    OPERATORS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+    METHODS = ("cpu", "numpy", "tolist")
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.count = 0
+        for name in self.METHODS:
+            monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+
+    def counted(self, method):
+        def call(*args, **kwargs):
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return call
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        # What numbers pick has a known size, unlike what a mask picks.
+        picks = operator is torch.ops.aten.index.Tensor
+        by_numbers = picks and all(one is None or one.dtype == torch.int64 for one in args[1])
+        self.count += bool(self.OPERATORS.intersection(operator.tags)) and not by_numbers
+        return operator(*args, **(kwargs or {}))
+
+
+def waits(layers, options, monkeypatch):
+    """How often the host waits at so many layers."""
+    domains = {kind: DomainSample(toy_rows(kind, 8, 0), np.ones(8, dtype=int)) for kind in ("up", "down")}
+    world = World(tiny_llama(layers), domains, {"leap": toy_rows("leap", 8, 1)})
+    with monkeypatch.context() as patch, HostWaits(patch) as found:
+        influence(world, pair_budget=0, **options)
+    return found.count
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"fisher": "sampled"},
+        {"factors": "kfac", "error_sequences": 4},
+        {"eigenvalue_fraction": 0.5, "sketch_fraction": 0.5, "sample_fraction": 0.8, "error_sequences": 4},
+    ],
+)
+def test_no_layer_and_no_batch_has_the_host_wait(options, monkeypatch):
+    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 2)
+    few = waits(1, {**options, "batch_size": 8}, monkeypatch)
+    assert 0 < few == waits(1, {**options, "batch_size": 2}, monkeypatch)
+    assert few == waits(2, {**options, "batch_size": 2}, monkeypatch)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
