@@ -47,6 +47,7 @@ from flops import phase_flops  # noqa: E402
 from sides import (  # noqa: E402
     CONVENTIONS,
     DEFAULT_SIDES,
+    PEER_PYTHON,
     PEERS,
     SIDES,
     Worker,
@@ -89,6 +90,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--sequences", type=int, default=64, help="per domain, with --model or --shape")
     add("--references", type=int, default=16, help="per capability, with --model or --shape")
     add("--domains", type=int, default=4, help="with --shape")
+    add("--blocks", type=int, metavar="N", help="with --shape, in place of the model's own number")
     add("--length", type=int, default=1024, help="tokens of a sequence, with --shape")
     add("--batch-size", type=int, default=8, help="of all sides, with --shape")
     add("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the weights, with --shape")
@@ -106,6 +108,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--model and --shape exclude each other")
     if args.train_steps and not args.model:
         parser.error("--train-steps needs --model")
+    if args.blocks and not args.shape:
+        parser.error("--blocks needs --shape")
+    peers = [name for name in args.sides if SIDES[name].program != "ours"]
+    if peers and args.fractions is None and not PEER_PYTHON.exists():
+        parser.error(f"--sides {' '.join(peers)}: {PEER_PYTHON} is not there; run scripts/setup_peers.sh first")
     return args
 
 
@@ -115,7 +122,7 @@ def make_workload(folder: Path, args: argparse.Namespace) -> Workload:
         return real_workload(folder, args)
     if args.shape:
         sizes = Sizes(args.domains, args.sequences, args.references, args.length, args.length // 4)
-        return shaped_workload(folder, args.shape, sizes, args.batch_size, args.dtype, args.seed)
+        return shaped_workload(folder, args.shape, args.blocks, sizes, args.batch_size, args.dtype, args.seed)
     return random_workload(folder, args.quick, args.seed)
 
 
@@ -126,7 +133,7 @@ def compare_sides(workload: Workload, args: argparse.Namespace, threads: int, re
     """All sides in turns: the same matrix, and how fast."""
     sides = [SIDES[name] for name in args.sides] + args.variant
     with workers(sides, workload.folder, threads) as running:
-        answers = in_turns(running, args.repeats)
+        answers = in_turns(running, args.repeats, lambda so_far: report.keep(threads, so_far))
         found = agreements(workload, running, answers) if "engine" in running else {}
     title = f"{threads} thread{'s' if threads > 1 else ''}"
     report.section(f"Time, {title}", timing_table(answers), answers=answers)
@@ -144,13 +151,15 @@ def agreements(
 ) -> dict[str, Agreement]:
     """Each matrix against the engine's: the peers' in their own convention of positions."""
     engine, found = answers["engine"][-1], {}
+    expected: dict[str | None, dict[str, Any]] = {None: engine}
     for name, runs in answers.items():
         if name == "engine" or "matrix" not in runs[-1]:
             continue
-        expected = engine
-        if convention := CONVENTIONS.get(running[name].side.program):
-            expected = running["engine"].run(convention=convention)
-        found[name] = agreement(runs[-1]["matrix"], expected["matrix"], engine["shares"], own_entries(workload))
+        convention = CONVENTIONS.get(running[name].side.program)
+        if convention not in expected:
+            expected[convention] = running["engine"].run(convention=convention)
+        matrices = runs[-1]["matrix"], expected[convention]["matrix"]
+        found[name] = agreement(*matrices, engine["shares"], own_entries(workload))
     return found
 
 
@@ -197,7 +206,7 @@ def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int
 
 
 class Report:
-    """Markdown to the standard output, and what was measured to a file after every table."""
+    """Markdown to the standard output, and what was measured to a file after every run and table."""
 
     def __init__(self, file: Path | None) -> None:
         self.file = file
@@ -215,10 +224,19 @@ class Report:
         self.content["arguments"] = {key: str(value) for key, value in vars(args).items()}
         self.section("Sequences", table(["set", "name", "sequences", "tokens", "trained tokens"], rows), sequences=rows)
 
+    def keep(self, threads: int, answers: Mapping[str, list[dict[str, Any]]]) -> None:
+        """What the sides have answered so far, which a benchmark that is ended has not lost."""
+        self.content["so far"] = {"threads": threads, "answers": answers}
+        self._write()
+
     def section(self, title: str, text: str, **content: Any) -> None:
         """A titled table, and what it was made of."""
         print(f"\n**{title}**\n\n{text}", flush=True)
         self.content["sections"].append({"title": title, **content})
+        self.content.pop("so far", None)
+        self._write()
+
+    def _write(self) -> None:
         if self.file:
             self.file.write_text(json.dumps(self.content, indent=1))
 

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import transformers
 import yaml
 from miniature import DOMAINS, POOL, arguments, files, python, read, run, run_on_ranks, start, torchrun
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ideal import training
+from ideal.config import read_command
+from ideal.data import load_data
 from ideal.mixture import training_rows
 from ideal.rounds import inner_loops
 from ideal.rounds.choice import earliest_best
 from ideal.rounds.evaluating import evaluate_model
+from main import ARGUMENTS
 
 FIXED = {"mixing__budget": "fixed", "mixing__rounds": 2, "mixing__patience": 3, "keep_models": "all"}
 
@@ -638,10 +644,74 @@ def test_bad_round_is_not_kept(data, tmp_path, quick):
 # Stages
 
 
-def test_stage_influence(data, tmp_path, quick):
-    assert run(data, tmp_path / "run", stage="influence") == 0
+SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512,
+         "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # fmt: skip
+CHECKPOINTS = {
+    "llama": (None, "*.mlp.*_proj"),
+    # Fused projections of queries, keys and values; biases; MLP and attention side by side.
+    "gpt_neox": (transformers.GPTNeoXConfig(**SMALL, intermediate_size=40), "gpt_neox.layers.*.mlp"),
+    # Fused gate and up projections.
+    "phi3": (transformers.Phi3Config(**SMALL, intermediate_size=40, num_key_value_heads=1), "*.mlp.*_proj"),
+    # Learned positions, tied embeddings, biases.
+    "opt": (transformers.OPTConfig(**SMALL, ffn_dim=40, word_embed_proj_dim=24), "*.fc?"),
+}
+
+
+def checkpoint(config: transformers.PretrainedConfig | None, folder: Path) -> Path:
+    """A model of random weights with the demo's tokenizer; None: the demo's."""
+    if config is None:
+        return miniature.BASE_MODEL
+    tokenizer = AutoTokenizer.from_pretrained(miniature.BASE_MODEL)
+    config.vocab_size = len(tokenizer)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gradient_products(model: Path, layers: str, words: list[str]) -> np.ndarray:
+    """[R, n] -s_j <g_r, g_j> by autograd on the model's weights, one sequence at a time."""
+    config = read_command(ARGUMENTS, words).config
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float64).eval()
+    tracked = [
+        module.weight
+        for name, module in loaded.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and any(fnmatchcase(part, layers) for part in (name, name.rpartition(".")[0]))
+    ]
+    sets = load_data(config.data, AutoTokenizer.from_pretrained(model), config.seed)
+
+    def gradient(examples: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, int]:
+        """[weights] of the mean loss, and trained tokens."""
+        total, tokens = torch.zeros(sum(weight.numel() for weight in tracked), dtype=torch.float64), 0
+        for number in range(len(examples)):
+            ids, labels = (torch.tensor(examples[number][key])[None] for key in ("input_ids", "labels"))
+            count = int((labels[:, 1:] != -100).sum())
+            loss = loaded(input_ids=ids, labels=labels).loss * count
+            total += torch.cat([one.flatten() for one in torch.autograd.grad(loss, tracked)])
+            tokens += count
+        return total / tokens, tokens
+
+    pools = [gradient(pool) for pool in sets.pools.values()]
+    shares = torch.tensor([tokens for _, tokens in pools]) / sum(tokens for _, tokens in pools)
+    rows = torch.stack([gradient(rows)[0] for rows in sets.references.values()])
+    return (-shares * (rows @ torch.stack([found for found, _ in pools]).T)).numpy()
+
+
+@pytest.mark.parametrize("kind", CHECKPOINTS)
+def test_stage_influence(data, tmp_path, quick, kind):
+    config, layers = CHECKPOINTS[kind]
+    settings = {"model__name_or_path": checkpoint(config, tmp_path / "model"), "influence__sample_fraction": 1.0}
+    settings |= {"influence__layers": f"['{layers}']", "stage": "influence"}
+    assert run(data, tmp_path / "plain", **settings, influence__factors="identity") == 0
+    expected = gradient_products(settings["model__name_or_path"], layers, arguments(data, tmp_path / "plain"))
+    found = np.array(read(tmp_path / "plain/influence.json")["matrix"])
+    # The bound that a float32 matrix is held to everywhere.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+    assert run(data, tmp_path / "run", **settings) == 0
     content = read(tmp_path / "run/influence.json")
     assert np.array(content["matrix"]).shape == (3, 3) and (tmp_path / "run/influence.csv").is_file()
+    assert np.isfinite(content["matrix"]).all() and content["factors"] == "ekfac"
     assert not [*(tmp_path / "run").glob("round_*")] and not (tmp_path / "run/model").exists()
 
 

@@ -118,6 +118,19 @@ def test_peaks_of_random_shapes(phase, number, tmp_path):
         compare(task, phase, ranks, tmp_path / str(ranks))
 
 
+def test_peaks_within_a_budget(tmp_path):
+    """Gradients take turns, or layers are worked on in parts, and what is finished waits in files."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    task = random_task(seed)
+    few = {"domains": dict.fromkeys(task.domains, 4), "references": dict.fromkeys(task.references, 4)}
+    task = replace(task, **few)
+    held = [phase.memory.get("factors", 0) + phase.memory.get("gradients", 0) for phase in planned(task, 1).outer]
+    budget = max(held) * random.Random(seed).uniform(0.4, 0.9) / 1e9
+    task = replace(task, influence={**task.influence, "memory_budget": budget})
+    compare(task, "influence", 1, tmp_path / "out")
+
+
 def test_peak_of_a_sharded_outer_step(tmp_path):
     seed = random.SystemRandom().randrange(10**6)
     print(f"seed {seed}")

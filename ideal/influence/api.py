@@ -149,7 +149,6 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """What the engine's own `frozen` does not see to: the process's state, compiled calls, FSDP2."""
     device = next(model.parameters()).device
     with ExitStack() as stack:
-        stack.enter_context(_same_flags())
         stack.enter_context(_same_random_state(device))
         # In inference mode nothing could be differentiated; under autocast sums would be rounded.
         stack.enter_context(torch.inference_mode(False))
@@ -170,26 +169,6 @@ def _same_random_state(device: torch.device) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-
-
-@contextmanager
-def _same_flags() -> Iterator[None]:
-    """What decides the precision of products is put back."""
-    matmul = torch.backends.cuda.matmul
-    flags = [
-        (matmul, "fp32_precision"),
-        (torch.backends.mkldnn.matmul, "fp32_precision"),  # type: ignore[attr-defined]
-        (matmul, "allow_bf16_reduced_precision_reduction"),
-    ]
-    before = [getattr(place, name) for place, name in flags]
-    precision = torch.get_float32_matmul_precision()
-    try:
-        yield
-    finally:
-        if torch.get_float32_matmul_precision() != precision:
-            torch.set_float32_matmul_precision(precision)
-        for (place, name), value in zip(flags, before, strict=True):
-            setattr(place, name, value)
 
 
 @contextmanager

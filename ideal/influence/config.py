@@ -54,7 +54,8 @@ class InfluenceConfig:
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Sequences per forward pass and process."""
     product_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the statistics' matrix products take in; sums are float32 either way."""
+    """What the statistics' matrix products take in; sums are float32 either way. (float32 is not TF32, whatever the
+    training or the process allows.)"""
     basis_dtype: Literal["float32", "bfloat16"] = "float32"
     """What eigenbases are held in."""
     error_sequences: Annotated[int, Field(ge=0)] = 32

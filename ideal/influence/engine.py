@@ -32,6 +32,7 @@ from ideal.influence.joint import JointSolution, solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers, widest
 from ideal.influence.matrix import fixed_form, objective, ratio_covariance
 from ideal.influence.passes import Passes
+from ideal.influence.products import unrounded
 from ideal.influence.result import Influence
 from ideal.influence.samples import (
     FACTOR_SEQUENCES,
@@ -84,7 +85,7 @@ def compute_influence(
     layers = tracked_layers(model, config.layers)
     _say_what_is_tracked(model, layers)
     alike = np.full(len(reference), 1 / len(reference))
-    with frozen(model), unpacked():
+    with frozen(model), unpacked(), unrounded():
         groups = shared_inputs(model, layers, _first_ids(pools).to(next(model.parameters()).device))
         engine = _Engine(
             model, groups, pools, reference, config, seed, alike if weights is None else np.asarray(weights)
@@ -613,7 +614,8 @@ class _Engine:
     def _products(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
         """<V_r, g_j> [R, n] of the owned layers."""
         with self.passes.timed("matrix"):
-            return {name: inner_products(directions[name], self.gradients[name]) / self._seen() for name in directions}
+            seen = self._seen()
+            return {name: inner_products(directions[name], self.gradients[name]) / seen for name in directions}
 
     def _sum(self, products: dict[str, Tensor]) -> np.ndarray:
         """[R, n] M of all ranks' layers."""

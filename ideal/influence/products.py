@@ -39,19 +39,21 @@ class Products:
 
     def add_(self, total: Tensor, left_NO: Tensor, right_NI: Tensor, factor: float) -> None:
         """total [O, I] += factor left^T right."""
-        if self.narrow(total.device) and total.device.type == "cuda":
-            product = torch.mm(left_NO.bfloat16().mT, right_NI.bfloat16(), out_dtype=torch.float32)
-            total.add_(product, alpha=factor)
+        dtype = self._dtype_of_inputs(total.device)
+        left_NO, right_NI = left_NO.to(dtype), right_NI.to(dtype)
+        if dtype == torch.bfloat16:
+            total.add_(torch.mm(left_NO.mT, right_NI, out_dtype=torch.float32), alpha=factor)
             return
         with _rounding(self.bf16 and total.device.type == "cpu"):
-            total.addmm_(left_NO.to(self.dtype).mT, right_NI.to(self.dtype), alpha=factor)
+            total.addmm_(left_NO.mT, right_NI, alpha=factor)
 
     def add_square_(self, total: Tensor, x_NI: Tensor, weighted_NI: Tensor, factor: float) -> None:
         """total [I, I] += factor x^T weighted, which is symmetric: on and above the diagonal."""
         size = len(total)
         block = max(LEAST_BLOCK, -(-size // TRIANGLE_BLOCKS))
-        x_NI = x_NI.to(self.dtype)
-        weighted_NI = weighted_NI.to(self.dtype)
+        # Once, not in every block.
+        dtype = self._dtype_of_inputs(total.device)
+        x_NI, weighted_NI = x_NI.to(dtype), weighted_NI.to(dtype)
         for start in range(0, size, block):
             rows = slice(start, min(start + block, size))
             self.add_(total[rows, start:], x_NI[:, rows], weighted_NI[:, start:], factor)
@@ -69,19 +71,49 @@ class Products:
 
     def outer(self, d_NO: Tensor, x_NI: Tensor) -> Tensor:
         """d^T x of one sequence, [O, I]."""
-        if self.narrow(x_NI.device) and x_NI.device.type == "cuda":
-            return torch.mm(d_NO.bfloat16().mT, x_NI.bfloat16(), out_dtype=torch.float32)
+        dtype = self._dtype_of_inputs(x_NI.device)
+        d_NO, x_NI = d_NO.to(dtype), x_NI.to(dtype)
+        if dtype == torch.bfloat16:
+            return torch.mm(d_NO.mT, x_NI, out_dtype=torch.float32)
         with _rounding(self.narrow(x_NI.device)):
-            return d_NO.to(self.dtype).mT @ x_NI.to(self.dtype)
+            return d_NO.mT @ x_NI
+
+    def _dtype_of_inputs(self, device: torch.device) -> torch.dtype:
+        """bfloat16 where there is a product of such that is float32; the CPU rounds what it is given by itself."""
+        return torch.bfloat16 if device.type == "cuda" and self.narrow(device) else self.dtype
+
+
+@contextmanager
+def unrounded() -> Iterator[None]:
+    """float32 products as they are, whatever the process has set: TF32 on a GPU, bfloat16 on a CPU."""
+    backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # torch refuses to say where it was left at this and `fp32_precision` set to something else.
+        older = "highest"
+    # This sets both, and torch refuses to work where they differ.
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)
+        for backend, precision in zip(backends, before, strict=True):
+            # Inherited, where that comes to the same.
+            backend.fp32_precision = "none"
+            if backend.fp32_precision != precision:
+                backend.fp32_precision = precision
 
 
 @contextmanager
 def _rounding(bf16: bool) -> Iterator[None]:
     """float32 products on the CPU with inputs rounded to bfloat16 and float32 sums, for as long as it lasts."""
+    if not bf16:
+        yield
+        return
     settings: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = settings.fp32_precision
-    if bf16:
-        settings.fp32_precision = "bf16"
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
     try:
         yield
     finally:

@@ -325,10 +325,10 @@ class Eigenvalues:
         halves: takes up part of what would go to `sums`.
         """
         self.sums, self.products, self.gradients, self.of, self.halves = sums, products, gradients, of, halves
-        self.bases = {
-            name: (self.products.basis(basis_O), self.products.basis(basis_I))
-            for name, (basis_O, basis_I) in bases.items()
-        }
+        # One copy of what layers share.
+        distinct = {id(basis): basis for pair in bases.values() for basis in pair}
+        given = {key: self.products.basis(basis) for key, basis in distinct.items()}
+        self.bases = {name: (given[id(basis_O)], given[id(basis_I)]) for name, (basis_O, basis_I) in bases.items()}
 
     def add(self, group: Group, x_NI: Tensor, outputs: dict[str, Tensor], positions: Positions) -> None:
         """Adds a step's positions."""

@@ -28,6 +28,8 @@ Run = Callable[[dict[str, Any], Stopwatch], dict[str, Any]]
 def prepare(workload: Workload) -> Run:
     """The model, once; a run is that of the side that the request names."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if workload.device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if workload.device.type == "cuda" else "gloo")
     model = workload.model()
     sides = {"engine": engine, "floor": floor, "padded floor": padded_floor, "first positions": first_positions}
@@ -54,6 +56,7 @@ def engine(workload: Workload, model: Any, request: dict[str, Any], watch: Stopw
         "sequences": sum(found.sequences.values()),
         "factor_sequences": sum(found.factor_sequences.values()),
         "eigenvalue_sequences": sum(found.eigenvalue_sequences.values()),
+        "solver": found.solver,
     }
 
 

@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -144,11 +144,14 @@ def workers(sides: Sequence[Side], folder: Path, threads: int) -> Iterator[dict[
         yield found
 
 
-def in_turns(running: Mapping[str, Worker], repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """The answers of all sides: each once, then each once more, ..."""
+def in_turns(
+    running: Mapping[str, Worker], repeats: int, keep: Callable[[dict[str, list[dict[str, Any]]]], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """The answers of all sides: each once, then each once more, ...; keep: is given those so far after each."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
     for repeat in range(repeats):
         for name, worker in running.items():
             answers[name].append(worker.run())
             print(f"{repeat + 1}/{repeats} {name}: {answers[name][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
+            keep(answers)
     return answers

@@ -112,9 +112,13 @@ def random_workload(folder: Path, quick: bool, seed: int) -> Workload:
     return Workload(folder, *random_sets(sizes, config.vocab_size, seed), mlp_layers(config), seed=seed)
 
 
-def shaped_workload(folder: Path, shape: str, sizes: Sizes, batch_size: int, dtype: str, seed: int) -> Workload:
-    """A Llama of a known model's sizes; each side makes its random weights on its device."""
+def shaped_workload(
+    folder: Path, shape: str, blocks: int | None, sizes: Sizes, batch_size: int, dtype: str, seed: int
+) -> Workload:
+    """A Llama of a known model's sizes, with as many blocks (None: its own); each side makes its random weights on its
+    device."""
     config = LlamaConfig(**SHAPES[shape])
+    config.num_hidden_layers = blocks or config.num_hidden_layers
     config.save_pretrained(folder / "model")
     sets = random_sets(sizes, config.vocab_size, seed)
     return Workload(folder, *sets, mlp_layers(config), batch_size=batch_size, dtype=dtype, seed=seed)

@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -173,6 +174,14 @@ def failing_at(model, call):
     return model.model.layers[0].mlp.down_proj.register_forward_hook(hook)
 
 
+def precisions():
+    """What float32 products take in; torch's older setting cannot be read where the newer ones differ."""
+    settings = [torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    with suppress(RuntimeError):
+        settings.append(torch.get_float32_matmul_precision())
+    return settings
+
+
 def process():
     """The state that all of a process shares."""
     return (
@@ -183,10 +192,7 @@ def process():
         torch.is_inference_mode_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.backends.cuda.matmul.fp32_precision,
-        torch.backends.mkldnn.matmul.fp32_precision,
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        *precisions(),
         torch.are_deterministic_algorithms_enabled(),
         torch.get_num_threads(),
     )
@@ -207,11 +213,8 @@ def test_model_and_process_are_as_before(world, rows, expected, fails):
     assert process() == state
 
 
-def test_precision_flags_and_random_states_are_put_back(world, rows, monkeypatch):
+def test_random_states_are_put_back(world, rows, monkeypatch):
     def wild(*_):
-        torch.set_float32_matmul_precision("medium")
-        torch.backends.cuda.matmul.fp32_precision = "tf32"
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction ^= True
         torch.manual_seed(1), np.random.seed(1), random.seed(1)
         raise Boom
 
@@ -220,6 +223,45 @@ def test_precision_flags_and_random_states_are_put_back(world, rows, monkeypatch
     with pytest.raises(Boom):
         probe(world.model, rows)
     assert process() == state
+
+
+def everywhere(precision):
+    """As transformers' `TrainingArguments(tf32=True)` does."""
+    torch.backends.fp32_precision = precision
+
+
+def pinned(precision):
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
+@pytest.mark.parametrize(
+    ("allow", "precision"),
+    [(torch.set_float32_matmul_precision, "medium"), (everywhere, "tf32"), (pinned, "tf32"), (pinned, "ieee")],
+)
+@pytest.mark.parametrize("options", [{}, {"product_dtype": "bfloat16"}])
+def test_float32_is_float32_whatever_the_process_allows(world, rows, allow, precision, options):
+    """TF32, and bfloat16 on processors that have it. What was set, and where, is put back."""
+    model = copy.deepcopy(world.model).float()
+    expected = probe(model, rows, **options).matrix
+    seen = []
+    hook = model.model.layers[0].register_forward_hook(lambda *_: seen.append(precisions()))
+    try:
+        allow(precision)
+        before = precisions()
+        assert (probe(model, rows, **options).matrix == expected).all()
+        assert all(one == ["ieee", "ieee", "highest"] for one in seen)
+        hook.remove()
+        failing_at(model, 3)
+        with pytest.raises(Boom):
+            probe(model, rows, **options)
+        assert precisions() == before
+        everywhere("none")
+        if allow is everywhere:
+            assert precisions() == ["none", "none", "highest"], "inherited settings must stay so"
+    finally:
+        everywhere("none")
+        torch.set_float32_matmul_precision("highest")
+        pinned("none")
 
 
 def test_a_loader_shuffles_its_next_epoch_as_if_never_read(world, rows):

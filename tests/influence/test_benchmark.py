@@ -294,8 +294,22 @@ def test_fractions(tmp_path: Path):
 def test_shape(tmp_path: Path):
     """Known sizes with random weights, made by each side for itself."""
     arguments = ["--shape", "tiny", "--sequences", "8", "--references", "4", "--length", "32", "--repeats", "1"]
-    found = run([*arguments, "--sides", "engine"], tmp_path)
-    assert np.isfinite(found["Time"]["answers"]["engine"][0]["matrix"]).all()
+    found = run([*arguments, "--blocks", "1", "--sides", "engine"], tmp_path)["Time"]["answers"]["engine"][0]
+    assert np.isfinite(found["matrix"]).all() and len(found["first_position_share"]) == 3
+
+
+def test_what_was_measured_before_a_side_fails_is_kept(tmp_path: Path):
+    with pytest.raises(RuntimeError, match="broken failed"):
+        run(["--quick", "--sides", "floor", "--variant", "broken: nonsense=1"], tmp_path)
+    so_far = json.loads((tmp_path / "found.json").read_text())["so far"]["answers"]
+    assert len(so_far["floor"]) == 1 and so_far["floor"][0]["seconds"] > 0 and so_far["broken"] == []
+
+
+def test_peers_that_are_not_there_are_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(benchmark_influence, "PEER_PYTHON", Path("/nowhere/python"))
+    with pytest.raises(SystemExit):
+        benchmark_influence.main(["--quick", "--sides", "engine", "bergson"])
+    assert "bergson: /nowhere/python is not there; run scripts/setup_peers.sh first" in capsys.readouterr().err
 
 
 def test_a_failing_side_says_why(tmp_path: Path):

@@ -319,6 +319,8 @@ class HostWaits(TorchDispatchMode):
         self.count = 0
         for name in self.METHODS:
             monkeypatch.setattr(torch.Tensor, name, self.counted(getattr(torch.Tensor, name)))
+        # On a device it comes from memory that may not be pinned.
+        monkeypatch.setattr(torch, "tensor", self.counted(torch.tensor))
 
     def counted(self, method):
         def call(*args, **kwargs):
