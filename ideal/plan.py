@@ -291,7 +291,8 @@ def _training(
         options = dict(given.get(f"{names[0]}_kwargs") or given.get(f"{names[1]}_kwargs") or {})
         every = options.pop("every_n_layers", 1)
         options.pop("offload", None)
-        model.activation_checkpointing_enable(options or None, every_n_layers=every)  # type: ignore[operator]
+        enable: Any = getattr(model, f"{names[0]}_enable", None) or getattr(model, f"{names[1]}_enable")
+        enable(options or None, every_n_layers=every)
     model.train()
     lengths = sizes.lengths
     # The gradients of the first micro-batch are there during all that follow.

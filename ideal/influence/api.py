@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.data_loader import BatchSamplerShard
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
@@ -203,16 +204,42 @@ def _gradients_at_rest(model: nn.Module) -> Iterator[None]:
         for module in sharded:
             module.reshard()
     except BaseException:
-        # A pass that broke off leaves FSDP2 in its middle, and the next one would fail. (Torch 2.11 has
-        # no way back.)
+        # A pass that broke off leaves FSDP2 in its middle, and the next one would fail.
         for state in states:
-            if state._is_root and hasattr(state, "_reset_iter_state"):
-                state._reset_iter_state()
+            if state._is_root:
+                _end_pass(state)
         raise
     finally:
         for group, reduce, all_reduce, partly_reduced in kept:
             group.reduce_grads, group.all_reduce_grads = reduce, all_reduce
             group._partial_reduce_output = partly_reduced
+
+
+def _end_pass(root: Any) -> None:
+    """Has FSDP2 forget a pass that broke off: parameters sharded, nothing under way, ready for the next one."""
+    if hasattr(root, "_reset_iter_state"):
+        root._reset_iter_state()
+        return
+    # torch 2.11 has no such way back. What was under way is waited for, and nobody's any more.
+    if root._device.type != "cpu":
+        torch.accelerator.synchronize(root._device)
+    root._comm_ctx.all_gather_state = root._comm_ctx.reduce_scatter_state = None
+    root._comm_ctx.post_forward_order.clear()
+    for state in root._state_ctx.all_states:
+        idle = type(state._training_state).IDLE
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+        for group in _parameter_groups(state):
+            work = getattr(group._all_gather_result, "all_gather_work", None)
+            if isinstance(work, dist.Work):
+                work.wait()
+            group._all_gather_result = group._post_reduce_event = None
+            group._all_reduce_state = group._reshard_after_forward_event = None
+            group._post_forward_indices.clear()
+            group._training_state = idle
+            group._to_sharded()
+    root._state_ctx.iter_forward_root = None
+    root._state_ctx.post_backward_final_callback_queued = False
 
 
 def _parameter_groups(state: Any) -> list[Any]:
