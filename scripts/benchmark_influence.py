@@ -185,6 +185,7 @@ def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int
             for side in [SIDES["floor"], *([] if draw else [SIDES["engine"]]), *fewer, *args.variant]:
                 found = running["engine"].run(**side.request, seed=draw)
                 answers.setdefault(side.name, []).append(found)
+                report.keep(threads, answers)
                 print(f"draw {draw} {side.name}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
     rows, agreed = [], {}
     for side in [*fewer, *args.variant]:
@@ -238,7 +239,10 @@ class Report:
 
     def _write(self) -> None:
         if self.file:
-            self.file.write_text(json.dumps(self.content, indent=1))
+            # What is there already outlives a benchmark that is ended while it writes.
+            other = self.file.with_name(f"{self.file.name}.tmp")
+            other.write_text(json.dumps(self.content, indent=1))
+            other.replace(self.file)
 
 
 def machine() -> str:

@@ -118,6 +118,13 @@ def test_peaks_of_random_shapes(phase, number, tmp_path):
         compare(task, phase, ranks, tmp_path / str(ranks))
 
 
+def test_peak_of_long_sequences_with_shared_keys(tmp_path):
+    """Attention that is given no mask makes none, nor copies of the keys and values that its heads share."""
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1}
+    shape = {**heads, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 6, "vocab_size": 512}
+    compare(Task(shape, {"a": 4}, {"r": 4}, 1024, TRAINING, {"batch_size": 4}), "influence", 1, tmp_path / "out")
+
+
 def test_peaks_within_a_budget(tmp_path):
     """Gradients take turns, or layers are worked on in parts, and what is finished waits in files."""
     seed = random.SystemRandom().randrange(10**6)

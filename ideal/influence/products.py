@@ -88,19 +88,17 @@ def unrounded() -> Iterator[None]:
     """float32 products as they are, whatever the process has set: TF32 on a GPU, bfloat16 on a CPU."""
     backends: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
-    try:
-        older = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # torch refuses to say where it was left at this and `fp32_precision` set to something else.
-        older = "highest"
-    # This sets both, and torch refuses to work where they differ.
+    for backend in backends:
+        backend.fp32_precision = "ieee"
+    # Only now: torch refuses to name its older setting where the newer ones differ from it, and to work there.
+    older = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, before, strict=True):
-            # Inherited, where that comes to the same.
+            # Inherited, where that comes to the same (torch does not tell whether it was).
             backend.fp32_precision = "none"
             if backend.fp32_precision != precision:
                 backend.fp32_precision = precision

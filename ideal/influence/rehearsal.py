@@ -23,10 +23,10 @@ from ideal.influence.engine import _Engine
 from ideal.influence.layers import Group, Layout, deal_out, lay_out, shared_inputs, sizes_of, tracked_layers
 from ideal.influence.pairs import KeptPairs
 from ideal.influence.passes import Passes
-from ideal.influence.products import Products
+from ideal.influence.products import Products, unrounded
 from ideal.influence.samples import SequenceSet
 from ideal.influence.scratch import BUFFER_BYTES, Block
-from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen
+from ideal.influence.statistics import Accumulator, Batch, Scores, Tracker, frozen, unpacked
 from ideal.influence.storage import Store
 
 TYPICAL = "typical"
@@ -83,7 +83,7 @@ def rehearse(
         UserError: as compute_influence does.
     """
     layers = tracked_layers(model, config.layers)
-    with frozen(model):
+    with frozen(model), unpacked(), unrounded():
         groups = shared_inputs(model, layers, torch.zeros(1, 2, dtype=torch.int64))
         busiest = _busiest(groups, config, len(training), len(reference), ranks)
         with rehearsed(busiest, ranks):

@@ -60,14 +60,17 @@ def probe(model: nn.Module, sets: Sets, loaders: Callable[[Sets], Any] = dealt) 
     return influence_of(model, *loaders(sets), **WHOLE)
 
 
-def failing_probe(model: nn.Module, sets: Sets, layer: nn.Module, call: int) -> None:
-    """Breaks off at the layer's n-th forward pass."""
+def failing_probe(model: nn.Module, sets: Sets, layer: nn.Module, call: int, backward: bool = False) -> None:
+    """Breaks off in the layer's n-th forward pass, or in the backward pass after it."""
     calls = iter(range(call + 1))
     before = list(map(id, model.parameters()))
 
-    def hook(*_: Any) -> None:
+    def boom(*_: Any) -> None:
+        raise Boom
+
+    def hook(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         if next(calls) == call:
-            raise Boom
+            output.register_hook(boom) if backward else boom()
 
     handle = layer.register_forward_hook(hook)
     try:
@@ -166,7 +169,8 @@ def under_fsdp(fresh: nn.Module, sets: Sets, policy: MixedPrecisionPolicy) -> di
     expected = train(plain, rows, partial(evaluate, plain, rows), nothing)
 
     def first() -> None:
-        failing_probe(model, sets, layer, 4)
+        for backward in (False, True):
+            failing_probe(model, sets, layer, 4, backward)
         evaluate(model, rows)
 
     once = train(model, rows, first, partial(probe, model, sets))

@@ -234,9 +234,21 @@ def pinned(precision):
     torch.backends.cuda.matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
+def at_odds(precision):
+    """An older setting, and a newer one that differs."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.mkldnn.matmul.fp32_precision = precision
+
+
 @pytest.mark.parametrize(
     ("allow", "precision"),
-    [(torch.set_float32_matmul_precision, "medium"), (everywhere, "tf32"), (pinned, "tf32"), (pinned, "ieee")],
+    [
+        (torch.set_float32_matmul_precision, "medium"),
+        (everywhere, "tf32"),
+        (pinned, "tf32"),
+        (pinned, "ieee"),
+        (at_odds, "bf16"),
+    ],
 )
 @pytest.mark.parametrize("options", [{}, {"product_dtype": "bfloat16"}])
 def test_float32_is_float32_whatever_the_process_allows(world, rows, allow, precision, options):
@@ -249,7 +261,7 @@ def test_float32_is_float32_whatever_the_process_allows(world, rows, allow, prec
         allow(precision)
         before = precisions()
         assert (probe(model, rows, **options).matrix == expected).all()
-        assert all(one == ["ieee", "ieee", "highest"] for one in seen)
+        assert seen and all(one == ["ieee", "ieee", "highest"] for one in seen)
         hook.remove()
         failing_at(model, 3)
         with pytest.raises(Boom):
@@ -258,6 +270,9 @@ def test_float32_is_float32_whatever_the_process_allows(world, rows, allow, prec
         everywhere("none")
         if allow is everywhere:
             assert precisions() == ["none", "none", "highest"], "inherited settings must stay so"
+        if allow is at_odds:
+            pinned("ieee")
+            assert precisions()[2] == "high", "torch's older setting too, though it could not be read"
     finally:
         everywhere("none")
         torch.set_float32_matmul_precision("highest")
