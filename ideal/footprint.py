@@ -205,12 +205,17 @@ def _product(first: Tensor, second: Tensor) -> int:
     return 2 * first.numel() * second.shape[-1]
 
 
+def _per_head(query: Tensor, *shared: Tensor) -> list[torch.Size]:
+    """Shapes [B, heads, S, width] of keys and values as if no heads shared them: torch 2.11 counts no others."""
+    return [torch.Size((tensor.shape[0], query.shape[1], *tensor.shape[2:])) for tensor in shared]
+
+
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+    return int(sdpa_flop_count(query.shape, *_per_head(query, key, value)))
 
 
 def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape))
+    return int(sdpa_backward_flop_count(grad.shape, query.shape, *_per_head(query, key, value)))
 
 
 _aten = torch.ops.aten
