@@ -366,8 +366,10 @@ def test_work_is_that_of_six_flops_per_weight_and_token():
     plan = tiny_plan(machine=DEVICES["h100"])
     weights = block_weights() + peaks.TINY["hidden_size"] * peaks.TINY["vocab_size"]
     tokens = plan.round.steps * 16 * 64
-    # Some versions of transformers find rotary angles by a product too: of 2 FLOPs for each, once for a batch.
-    assert plan.phases[0].work.wide == pytest.approx(6 * weights * tokens, rel=1e-4)
+    # transformers 5.17 finds rotary angles by a product too: 2 FLOPs for each of half a head's, once for a batch.
+    rotary = plan.round.steps * (16 // 4) * 64 * peaks.TINY["hidden_size"] // peaks.TINY["num_attention_heads"]
+    beside = plan.phases[0].work.wide - 6 * weights * tokens
+    assert beside == pytest.approx(0, abs=1) or beside == pytest.approx(rotary, abs=1)
     frozen = next(phase for phase in plan.outer if phase.name == "covariances")
     assert frozen.work.wide > 3.5 * block_weights() * 80 * 63
 

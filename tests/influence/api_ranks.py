@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from script import WHOLE, collate, loader, loss_of, picture
@@ -73,13 +74,9 @@ def failing_probe(model: nn.Module, sets: Sets, layer: nn.Module, call: int, bac
             output.register_hook(boom) if backward else boom()
 
     handle = layer.register_forward_hook(hook)
-    try:
+    with pytest.raises(Boom):
         probe(model, sets)
-        raise AssertionError("it should have broken off")
-    except Boom:
-        pass
-    finally:
-        handle.remove()
+    handle.remove()
     assert list(map(id, model.parameters())) == before, "parameters are still gathered"
 
 
