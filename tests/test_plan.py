@@ -23,7 +23,7 @@ from ideal.config import validate
 from ideal.distributed import rehearsed, world_size
 from ideal.errors import UserError
 from ideal.footprint import Footprint, fake
-from ideal.influence import DomainSample, engine, samples
+from ideal.influence import DomainSample, selection
 from ideal.influence.samples import LEAST_SEQUENCES
 from ideal.influence.scratch import BUFFER_BYTES, ScratchFile
 from ideal.machine import DEVICES, Machine, PlanConfig, machine_of
@@ -347,8 +347,8 @@ def test_two_halves_of_few_eigenvalues_are_within_the_budget():
 
 def test_auto_estimates_its_curvature_anew_within_the_budget(monkeypatch):
     """With all gradients there, the capability's twice; the earlier curvature is gone, and second halves are not."""
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 8)
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 8)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
     keys = {"influence__sample_fraction": "auto", "influence__pair_budget": 0}
     gradient, blocks = 4 * 4 * 3 * MLP, 4
     hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
@@ -445,9 +445,9 @@ def test_work_of_the_inverse_by_hand(keys, rotations, monkeypatch):
     """Of two domains' gradients and a capability's: into the bases those that did not come in them, and out of them
     what scores sequences: V_r where domains are not used whole, the W_j for reference rows. M is found outside of
     them where it takes no more or gradients are added."""
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
     for least in ("LEAST_SEQUENCES", "FACTOR_SEQUENCES"):
-        monkeypatch.setattr(engine, least, 8)
+        monkeypatch.setattr(selection, least, 8)
     keys = {f"influence__{key}": value for key, value in keys.items()}
     fractions = {"influence__factor_fraction": 1.0, "influence__eigenvalue_fraction": 1.0}
     phases = tiny_plan(machine=DEVICES["h100"], **(fractions | keys)).outer

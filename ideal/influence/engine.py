@@ -30,22 +30,13 @@ from ideal.influence.curvature import Curvatures
 from ideal.influence.ekfac import Curvature, inner_products
 from ideal.influence.joint import JointSolution, solve_joint
 from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, tracked_layers, widest
-from ideal.influence.matrix import fixed_form, objective, ratio_covariance
+from ideal.influence.matrix import fixed_form, objective
 from ideal.influence.passes import Passes
 from ideal.influence.products import unrounded
 from ideal.influence.result import Influence
-from ideal.influence.samples import (
-    FACTOR_SEQUENCES,
-    LEAST_SEQUENCES,
-    DomainSample,
-    Examples,
-    SequenceSet,
-    draw_domain,
-    factor_parts,
-    how_many,
-    picked_for_errors,
-    whole_reference,
-)
+from ideal.influence.samples import DomainSample, Examples, SequenceSet, draw_domain, how_many, whole_reference
+from ideal.influence.sampling_errors import Sample, picked_for_errors, reference_covariance, training_covariance
+from ideal.influence.selection import select
 from ideal.influence.statistics import Accumulator, Batch, Gradients, Scores, frozen, unpacked
 from ideal.influence.storage import Store, opened_store
 
@@ -123,36 +114,6 @@ def _first_ids(pools: list[SequenceSet]) -> Tensor:
 
 
 @dataclass
-class _Sample:
-    """The sequences of a set that its standard errors are estimated on."""
-
-    sequences: SequenceSet
-    scores: Tensor
-    """[slots, K] <G_i, V> over the layers so far, float64; rows of other sequences stay zero."""
-
-    @property
-    def slots(self) -> set[int]:
-        """Which rows are scored."""
-        return set(self.sequences.slots.tolist())
-
-    def covariance(self, whole: SequenceSet, inner: np.ndarray) -> np.ndarray:
-        """[K, K] of <g, V>, for g the whole set's mean gradient.
-
-        Args:
-            inner: [K] <g, V>.
-        """
-        slots, repeats = self.sequences.slots, self.sequences.repeats
-        scores = all_reduce_(self.scores.clone()).cpu().numpy()[slots]
-        return ratio_covariance(
-            repeats[:, None] * scores,
-            repeats * self.sequences.tokens,
-            inner,
-            used=len(whole.rows),
-            population=whole.population,
-        )
-
-
-@dataclass
 class _Engine:
     """The phases, and what they hand on."""
 
@@ -182,80 +143,37 @@ class _Engine:
             raise UserError(
                 f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
             )
-        self.widest = widest(self.groups)
         self.total = sum(chosen.total for chosen in self.pools)
         self.shares = np.array([chosen.total / self.total for chosen in self.pools])
-        self._choose_sequences()
-
-    def _choose_sequences(self) -> None:
-        """Which sequences go into the covariances (`factors`), the eigenvalues (`corrected`) and the gradients."""
-        config, fractions = self.config, self.config.fractions
-        self.training = self.pools
-        if self.auto:
-            # As few as the factors can do with, and to begin with as many again for the gradients' errors.
-            self.corrected = self.factors = factor_parts(self.pools, 0.0, self.widest, LEAST_SEQUENCES)
-            self.training = [
-                pool.part(np.arange(min(len(pool.rows), len(factors.rows) + LEAST_SEQUENCES)))
-                for pool, factors in zip(self.pools, self.factors, strict=True)
-            ]
-        else:
-            # The joint solver's matrix is that of the factors' sequences, and K-FAC's eigenvalues are theirs too.
-            basis_alone = config.factors == "ekfac" and config.solver == "direct"
-            least = LEAST_SEQUENCES if basis_alone else FACTOR_SEQUENCES
-            self.factors = factor_parts(self.pools, fractions.factor_fraction, self.widest, least)
-            self.corrected = factor_parts(self.pools, fractions.eigenvalue_fraction, 0, LEAST_SEQUENCES)
-            if how_many(self.corrected) >= how_many(self.factors) or not basis_alone:
-                self.corrected = factor_parts(self.pools, fractions.eigenvalue_fraction, 0, FACTOR_SEQUENCES)
-            if config.factors == "diagonal" and config.solver == "direct":
-                self.factors = self.corrected  # there are no covariances
-            if config.factors == "kfac":
-                self.corrected = self.factors  # eigenvalues are the covariances'
-        # With the examples' own labels the passes for the curvature give gradients too: of each domain those of
-        # its covariances' sequences or those of its eigenvalues', whichever are more (the others are among them).
-        self.reuse = (
-            config.factors in ("ekfac", "diagonal")
-            and config.fisher == "empirical"
-            and self.layout.holds_beside_curvature(len(self.pools))
-        )
-        pairs = list(zip(self.factors, self.corrected, strict=True))
-        with_covariances = self.reuse and config.factors == "ekfac"
-        self.early = {
-            number
-            for number, (first, second) in enumerate(pairs)
-            if with_covariances and len(first.rows) > len(second.rows)
-        }
-        given = [first if number in self.early else second for number, (first, second) in enumerate(pairs)]
-        self.rest = [
-            chosen.without(there) if self.reuse else chosen for chosen, there in zip(self.training, given, strict=True)
-        ]
+        room = self.layout.holds_beside_curvature(len(self.pools))
+        self.selection = select(self.pools, self.config, widest(self.groups), room)
         self.in_bases = self._stays_in_bases()
 
     def _stays_in_bases(self) -> bool:
         """Whether M is found in the eigenbases: no gradient is to come, and it takes no more rotations."""
-        if not self.reuse or self.auto or self.config.solver == "cg" or any(len(chosen.rows) for chosen in self.rest):
+        if self.auto or self.config.solver == "cg" or any(len(rest.rows) for rest in self.selection.rest):
             return False
         scored = self.config.error_sequences or self.layout.in_turns
         # Those of `early` and the capabilities' into the bases; else the others and V_r out of them too.
-        return bool(scored) or 2 * len(self.early) <= len(self.pools) + len(self.reference)
+        return bool(scored) or 2 * len(self.selection.early) <= len(self.pools) + len(self.reference)
 
     def run(self, store: Store) -> Influence:
         """All phases."""
         self.curvatures = Curvatures(
-            self.passes, self.products, store, self.config, self.total, self.groups, self._available()
+            self.passes, self.products, store, self.config, self.total, self.groups, self.selection.available
         )
         self._pick_sequences()
-        if self.reuse:
+        if self.selection.with_curvature:
             self.gradients = self.passes.per_layer(self.groups, len(self.pools))
         for number, part in enumerate(self.layout.factor_parts):
-            label = _label(number, self.layout.factor_parts)
             # No name of their own for the gradients: in turns they must be gone before the capabilities' come.
             self.curvatures.estimate(
                 part,
-                self.factors,
-                self.corrected,
-                self.gradients if self.reuse else None,
-                self.early,
-                label,
+                self.selection.factors,
+                self.selection.corrected,
+                self.gradients if self.selection.with_curvature else None,
+                self.selection.early,
+                _label(number, self.layout.factor_parts),
                 self._again(),
             )
         dropped = self.curvatures.least_important(self.groups)
@@ -271,19 +189,15 @@ class _Engine:
 
     def _for_domains(self) -> list[SequenceSet]:
         """Those that the domains' gradients and errors take."""
-        return [*self.rest, *(sample.sequences for sample in self.training_samples)]
+        return [*self.selection.rest, *(sample.sequences for sample in self.training_samples)]
 
     def _pick_sequences(self) -> None:
         """Which sequences are scored: with auto all that come, reference rows in turns all, else those for errors."""
         wanted = self.config.error_sequences
         picks = []
-        for chosen, rest in zip(self.training, self.rest, strict=True):
-            if self.auto:
-                picks.append(rest)
-            else:
-                # A domain that is used whole has no sampling error.
-                needed = 0 if len(chosen.rows) == chosen.population else wanted
-                picks.append(picked_for_errors(chosen, rest, needed, "domain", self.seed))
+        for chosen, rest in zip(self.selection.training, self.selection.rest, strict=True):
+            needed = 0 if chosen.whole else wanted
+            picks.append(rest if self.auto else picked_for_errors(chosen, rest, needed, "domain", self.seed))
         self.training_samples = [
             self._sample(pick, pool, len(self.reference)) for pick, pool in zip(picks, self.pools, strict=True)
         ]
@@ -297,8 +211,8 @@ class _Engine:
             for chosen in self.reference
         ]
 
-    def _sample(self, sequences: SequenceSet, whole: SequenceSet, directions: int) -> _Sample:
-        return _Sample(sequences, self._table(len(whole.rows), directions))
+    def _sample(self, sequences: SequenceSet, whole: SequenceSet, directions: int) -> Sample:
+        return Sample(sequences, self._table(len(whole.rows), directions))
 
     def _table(self, *shape: int) -> Tensor:
         """Small sums, over layers and ranks."""
@@ -308,9 +222,9 @@ class _Engine:
 
     def _add_matrices(self, part: list[Group], label: str) -> None:
         """These layers' parts of M, and of the scores."""
-        late = set(range(len(self.pools))) - self.early
-        rotation, numbers = (Curvature.rotate, self.early) if self.in_bases else (Curvature.rotate_back, late)
-        if self.reuse and numbers:
+        early, late = self.selection.early, self.selection.late
+        rotation, numbers = (Curvature.rotate, early) if self.in_bases else (Curvature.rotate_back, late)
+        if numbers:
             self._apply_(part, self.gradients, rotation, numbers)
         if self.layout.in_turns:
             self._add_in_turns(part, label)
@@ -325,7 +239,7 @@ class _Engine:
             self._add_in_bases(part, references, label)
         else:
             directions = self._directions(part, references)
-            if not self.reuse:
+            if not self.selection.with_curvature:
                 self.gradients = self.passes.per_layer(part, len(self.pools))
             self._domain_pass(part, directions, self.training_samples, label)
             if self.auto:
@@ -353,7 +267,7 @@ class _Engine:
             for name in group.layers
         }
         for turn in _turns(len(self.pools), self.layout.at_once):
-            if not self.reuse:
+            if not self.selection.with_curvature:
                 self.gradients = self.passes.per_layer(part, len(turn))
             self._domain_gradients(part, turn, [], label)
             columns = {name: table.mT[turn.start : turn.stop] for name, table in products.items()}
@@ -448,8 +362,9 @@ class _Engine:
 
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """The joint system's V for the owned layers' [K, O, I]; kind: what its numbers' names begin with."""
+        factors = self.selection.factors
         solution = self._joint(
-            part, gradients, lambda: self.passes.batches(self.factors, drawn=False), self.config.solver_iterations
+            part, gradients, lambda: self.passes.batches(factors, drawn=False), self.config.solver_iterations
         )
         self.solver |= {f"{kind}iterations": solution.iterations, f"{kind}residuals": solution.residuals}
         left = max(solution.residuals[-1], default=0.0) if solution.residuals else 0.0
@@ -483,12 +398,12 @@ class _Engine:
         )
 
     def _domain_pass(
-        self, part: list[Group], directions: dict[str, Tensor], samples: list[_Sample], label: str
+        self, part: list[Group], directions: dict[str, Tensor], samples: list[Sample], label: str
     ) -> None:
         """The gradients of the domains' `rest`; `samples` scored."""
         inside = [
             bool(np.isin(sample.sequences.slots, rest.slots).all())
-            for sample, rest in zip(samples, self.rest, strict=True)
+            for sample, rest in zip(samples, self.selection.rest, strict=True)
         ]
         accumulators: list[Accumulator] = []
         if self.auto or self.config.error_sequences:
@@ -497,14 +412,14 @@ class _Engine:
         self._domain_gradients(part, range(len(self.pools)), accumulators, label)
         if not all(inside) and self.config.error_sequences:
             left = [
-                _Sample(sample.sequences.part(np.arange(0)), sample.scores) if here else sample
+                Sample(sample.sequences.part(np.arange(0)), sample.scores) if here else sample
                 for sample, here in zip(samples, inside, strict=True)
             ]
             self._score("domain errors", part, left, directions, label)
 
     def _domain_gradients(self, part: list[Group], turn: range, more: list[Accumulator], label: str) -> None:
         """Adds the gradients of some domains' `rest` to the sums; `more` sees the same pass."""
-        rest = [self.rest[number] for number in turn]
+        rest = [self.selection.rest[number] for number in turn]
         if any(len(chosen.rows) for chosen in rest):
             gradients = Gradients(self.gradients, self.products)
             first = self.curvatures.first_positions.accumulators(part)
@@ -515,7 +430,7 @@ class _Engine:
         self,
         description: str,
         part: list[Group],
-        samples: list[_Sample],
+        samples: list[Sample],
         directions: dict[str, Tensor],
         label: str,
         turn: range | None = None,
@@ -548,7 +463,8 @@ class _Engine:
             size = float(np.linalg.norm(alpha)) or 1.0
             parts = contributions(self._training_covariance(matrix), self.shares, self.weights) / size**2
             self._say_how_certain(parts, of_curvature)
-            wanted = more_sequences([len(chosen.rows) for chosen in self.training], self._available(), parts)
+            used = [len(chosen.rows) for chosen in self.selection.training]
+            wanted = more_sequences(used, self.selection.available, parts)
             if wanted is None:
                 return directions
             self._domain_pass(part, directions, self._take(wanted), "")
@@ -558,8 +474,8 @@ class _Engine:
     ) -> tuple[dict[str, Tensor], float]:
         """V_r, and the relative change of alpha that the last doubling of the curvature's sequences made."""
         alpha, change, doubled = self._alpha(directions)[1], math.inf, False
-        while change > DIRECTION_ERROR and self._double_factors():
-            self.curvatures.estimate(part, self.factors, self.corrected)
+        while change > DIRECTION_ERROR and self.selection.double_factors():
+            self.curvatures.estimate(part, self.selection.factors, self.selection.corrected)
             directions, before, doubled = self._directions(part, references, directions), alpha, True
             alpha = self._alpha(directions)[1]
             # Of nested samples, the larger being twice the smaller: the change has the larger one's variance.
@@ -577,38 +493,25 @@ class _Engine:
 
     def _say_how_certain(self, parts: np.ndarray, of_curvature: float) -> None:
         say(
-            f"influence: {how_many(self.training):,} of {sum(self._available()):,} sequences,"
-            f" {how_many(self.factors):,} for the curvature; alpha's relative error:"
+            f"influence: {how_many(self.selection.training):,} of {sum(self.selection.available):,} sequences,"
+            f" {how_many(self.selection.factors):,} for the curvature; alpha's relative error:"
             f" {math.sqrt(parts.sum()):.1%} from the sequences, {of_curvature:.1%} from the curvature"
         )
 
-    def _available(self) -> list[int]:
-        return [len(pool.rows) for pool in self.pools]
-
-    def _double_factors(self) -> bool:
-        """Takes twice as many sequences for the curvature; whether there were more."""
-        before = how_many(self.factors)
-        fraction = min(1.0, 2 * before / sum(self._available()))
-        self.corrected = self.factors = factor_parts(self.pools, fraction, self.widest, 1)
-        return how_many(self.factors) > before
-
-    def _take(self, wanted: list[int]) -> list[_Sample]:
+    def _take(self, wanted: Sequence[int]) -> list[Sample]:
         """Adds sequences to the domains', up to these numbers; the new ones alone, which nothing has scored yet."""
         new = []
-        for number, (pool, count) in enumerate(zip(self.pools, wanted, strict=True)):
-            before = self.training[number]
-            self.training[number] = pool.part(np.arange(count))
-            self.rest[number] = self.training[number].without(before)
+        for number, rest in enumerate(self.selection.take(wanted)):
             sample = self.training_samples[number]
-            slots = np.concatenate([sample.sequences.slots, self.rest[number].slots])
-            self.training_samples[number] = _Sample(pool.part(slots), sample.scores)
-            new.append(_Sample(self.rest[number], sample.scores))
+            slots = np.concatenate([sample.sequences.slots, rest.slots])
+            self.training_samples[number] = Sample(self.pools[number].part(slots), sample.scores)
+            new.append(Sample(rest, sample.scores))
         return new
 
     def _seen(self) -> Tensor:
         """[n] trained tokens behind the domains' gradients; 1 where there is none."""
         return torch.tensor(
-            [chosen.seen or 1.0 for chosen in self.training], dtype=torch.float64, device=self.passes.device
+            [chosen.seen or 1.0 for chosen in self.selection.training], dtype=torch.float64, device=self.passes.device
         )
 
     def _products(self, directions: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -642,23 +545,25 @@ class _Engine:
         matrix = np.sum(list(self.layers.values()), axis=0)
         factors, corrected = (
             {chosen.name: 0 if self.config.factors == "identity" else len(chosen.rows) for chosen in sets}
-            for sets in (self.factors, self.corrected)
+            for sets in (self.selection.factors, self.selection.corrected)
         )
         return Influence(
             domains=[domain.name for domain in self.pools],
             capabilities=[capability.name for capability in self.reference],
             matrix=matrix,
             training_covariance=self._training_covariance(matrix),
-            reference_covariance=self._reference_covariance(matrix),
+            reference_covariance=reference_covariance(
+                matrix, self.shares, self.reference, self.reference_samples, self.config.error_sequences > 0
+            ),
             shares=self.shares,
             layers=self.layers,
             dropped_layers=[name for group in self.groups for name in group.layers if name in dropped],
             first_position_share=self.curvatures.first_positions.shares(self.groups),
-            sequences={domain.name: len(domain.rows) for domain in self.training},
+            sequences={domain.name: len(domain.rows) for domain in self.selection.training},
             factor_sequences=factors,
             sketch_fraction=self.curvatures.sketch_fraction,
             eigenvalue_sequences=corrected,
-            tokens={domain.name: int(domain.tokens.sum()) for domain in self.training},
+            tokens={domain.name: int(domain.tokens.sum()) for domain in self.selection.training},
             reference_sequences={capability.name: len(capability.rows) for capability in self.reference},
             reference_tokens={capability.name: int(capability.tokens.sum()) for capability in self.reference},
             solver=self.solver,
@@ -666,25 +571,8 @@ class _Engine:
         )
 
     def _training_covariance(self, matrix: np.ndarray) -> np.ndarray:
-        """[n, R, R], of -s_j <g_j, V_r> in g_j."""
-        found = np.full((len(self.pools), *[len(self.reference)] * 2), math.nan)
-        for number, (chosen, sample) in enumerate(zip(self.training, self.training_samples, strict=True)):
-            share = self.shares[number]
-            if not share or len(chosen.rows) == chosen.population:
-                found[number] = 0.0  # nothing was left out
-            elif self.config.error_sequences or self.auto:
-                found[number] = share**2 * sample.covariance(chosen, -matrix[:, number] / share)
-        return found
-
-    def _reference_covariance(self, matrix: np.ndarray) -> np.ndarray:
-        """[R, n, n], of -s_j <g_r, V_j> in g_r."""
-        found = np.full((len(self.reference), *[len(self.pools)] * 2), math.nan)
-        if not self.config.error_sequences:
-            return found
-        inner = np.divide(-matrix, self.shares, out=np.zeros_like(matrix), where=self.shares > 0)
-        for number, (chosen, sample) in enumerate(zip(self.reference, self.reference_samples, strict=True)):
-            found[number] = np.outer(self.shares, self.shares) * sample.covariance(chosen, inner[number])
-        return found
+        scored = self.auto or self.config.error_sequences > 0
+        return training_covariance(matrix, self.shares, self.selection.training, self.training_samples, scored)
 
 
 def _label(number: int, parts: list[list[Group]]) -> str:

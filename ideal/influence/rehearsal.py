@@ -128,10 +128,10 @@ class _RehearsedEngine(_Engine):
         self, part: list[Group], references: dict[str, Tensor], directions: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """At worst all sequences are taken, for the curvature too, and have been kept for that."""
-        while self._double_factors():
-            self.curvatures.estimate(part, self.factors, self.corrected)
+        while self.selection.double_factors():
+            self.curvatures.estimate(part, self.selection.factors, self.selection.corrected)
             directions = self._directions(part, references, directions)
-        self._domain_pass(part, directions, self._take(self._available()), "")
+        self._domain_pass(part, directions, self._take(self.selection.available), "")
         drawn = self.config.fisher == "sampled"
         _, rest = self.passes.pairs.split(part, self.pools, drawn)
         self.passes.pairs.admit(part, rest, rest, drawn)
@@ -140,7 +140,8 @@ class _RehearsedEngine(_Engine):
     def _solve_jointly(self, part: list[Group], gradients: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
         """One iteration, on the step of the longest sequences; its work stands for all iterations and steps."""
         work, phase = self.passes.footprint.work, self.passes.footprint.phase
-        step = _alone(self.factors, _longest(self.factors, self.passes.share))
+        factors = self.selection.factors
+        step = _alone(factors, _longest(factors, self.passes.share))
         before, of_step = work[phase], Work()
 
         def batches() -> Iterator[Batch]:
@@ -153,7 +154,7 @@ class _RehearsedEngine(_Engine):
 
         solution = self._joint(part, gradients, batches, 1)
         between = work[phase] + before.times(-1) + of_step.times(-1)
-        every, alone = _lengths(self.factors), _lengths(step)
+        every, alone = _lengths(factors), _lengths(step)
         all_steps = of_step.times(every.sum() / alone.sum(), (every**2).sum() / (alone**2).sum())
         work[phase] = before + (between + all_steps).times(self.config.solver_iterations)
         return dict(solution.solutions)

@@ -11,12 +11,6 @@ from ideal.seeding import generator
 
 LEAST_SEQUENCES = 32
 """A domain is never sampled down to fewer sequences than this."""
-FACTOR_SEQUENCES = 320
-"""Eigenvalues are estimated on so many sequences of each domain at least, where they alone tell the curvature's trace.
-With 32 of 100 for both, SmolLM2's matrix came out 1.25 times too large (docs/performance.md)."""
-POSITIONS_PER_DIMENSION = 48
-"""Positions that a factor of k x k entries is estimated on, at least, as multiples of k. With 9 SmolLM2's matrix was up
-to 14% of its largest entry off, eigenvalues from all sequences (docs/performance.md)."""
 
 
 class Examples(Protocol):
@@ -84,6 +78,11 @@ class SequenceSet:
         """The trained tokens in these sequences, repeats included."""
         return float(self.repeats @ self.tokens)
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of a population is here, which leaves no sampling error."""
+        return len(self.rows) == self.population
+
     def part(self, pick: np.ndarray) -> "SequenceSet":
         """Some of the sequences, by their place [k]; each keeps its weight and its slot."""
         return replace(self, rows=self.rows[pick], repeats=self.repeats[pick], slots=self.slots[pick])
@@ -120,37 +119,6 @@ def whole_reference(name: str, examples: Examples) -> SequenceSet:
     return SequenceSet(name, examples, rows, np.ones(len(rows)), float(tokens.sum()), None, np.arange(len(rows)))
 
 
-def factor_parts(
-    training: Sequence[SequenceSet], fraction: float, widest: int, least: int
-) -> list[SequenceSet]:
-    """The first `fraction` of every domain's sequences, or more where that is too little for the factors.
-
-    Args:
-        training: the domains' sequences, in random order.
-        fraction: of the sequences, in (0, 1].
-        widest: the largest dimension of a factor.
-        least: sequences of each domain, if it has them.
-    """
-    positions = sum(float(chosen.examples.positions[chosen.rows].sum()) for chosen in training)
-    fraction = max(fraction, POSITIONS_PER_DIMENSION * widest / max(positions, 1.0))
-    return [
-        chosen.part(np.arange(min(len(chosen.rows), max(least, math.ceil(fraction * len(chosen.rows))))))
-        .rescaled()
-        for chosen in training
-    ]  # fmt: skip
-
-
 def how_many(sets: Sequence[SequenceSet]) -> int:
     """Sequences in all of them."""
     return sum(len(chosen.rows) for chosen in sets)
-
-
-def picked_for_errors(chosen: SequenceSet, rest: SequenceSet, wanted: int, kind: str, seed: int) -> SequenceSet:
-    """The sequences that a set's standard errors are estimated on.
-
-    Taken from `rest`, the part that is passed over anyway, if it has enough.
-    """
-    source = rest if len(rest.rows) >= wanted else chosen
-    wanted = min(wanted, len(source.rows))
-    pick = generator(seed, chosen.name, kind, "errors").choice(len(source.rows), wanted, replace=False)
-    return source.part(np.sort(pick))

@@ -40,6 +40,7 @@ from ideal.influence import (
     engine,
     fixed_form,
     samples,
+    selection,
     statistics,
 )
 from ideal.influence.storage import Store
@@ -356,7 +357,7 @@ def waits(layers, options, monkeypatch):
     ],
 )
 def test_no_layer_and_no_batch_has_the_host_wait(options, monkeypatch):
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 2)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 2)
     few = waits(1, {**options, "batch_size": 8}, monkeypatch)
     assert 0 < few == waits(1, {**options, "batch_size": 2}, monkeypatch)
     assert few == waits(2, {**options, "batch_size": 2}, monkeypatch)

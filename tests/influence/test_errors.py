@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from tiny import Rows, toy_rows
 
-from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, fixed_form, objective
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, fixed_form, objective, selection
 from ideal.influence.matrix import NORMAL_95, matrix_errors, objective_errors
 from ideal.influence.samples import SequenceSet
 
@@ -67,7 +67,7 @@ def estimate_with_known_factors(estimate, mixture, monkeypatch):
     K-FAC, since EK-FAC's factors and gradients come from one pass: they could not be of different sequences.
     """
     factors = [subset(kind, domain, np.arange(FACTOR_ROWS)).rescaled() for kind, domain in mixture.items()]
-    monkeypatch.setattr(engine, "factor_parts", lambda *_: factors)
+    monkeypatch.setattr(selection, "factor_parts", lambda *_: factors)
     return lambda rows, references: estimate(rows, references, factors="kfac")
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny import World, difference, make_world
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, compute_influence, engine, pairs, scratch
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, pairs, scratch, selection
 from ideal.influence.layers import Group
 from ideal.influence.pairs import KeptPairs, room_for_pairs
 from ideal.influence.samples import SequenceSet
@@ -68,7 +68,7 @@ def computed(world: World, config: InfluenceConfig, seed: int = 3):
 
     Watched.most = Watched.admitted = 0
     with (
-        patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
+        patch.multiple(selection, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
         patch.object(Tracker, "run", counted),
         patch("ideal.influence.passes.KeptPairs", Watched),
     ):

@@ -24,8 +24,9 @@ from tiny import (
 )
 
 from ideal.errors import UserError
-from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, curvature, engine, samples
+from ideal.influence import DomainSample, InfluenceConfig, adaptive, compute_influence, curvature, engine, selection
 from ideal.influence.adaptive import DIRECTION_ERROR, LARGEST_STEP, contributions, more_sequences
+from ideal.influence.samples import LEAST_SEQUENCES, how_many
 from ideal.seeding import generator
 
 EXACT = 1e-10
@@ -65,9 +66,9 @@ def signs_of(world, fraction, least=1, seed=0):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 1)
-    monkeypatch.setattr(engine, "FACTOR_SEQUENCES", 1)
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "FACTOR_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
 
 
 @pytest.mark.parametrize("eigenvalues", [0.7, 1.0])
@@ -96,7 +97,7 @@ def test_a_domain_that_is_used_whole_has_no_noise(world, monkeypatch):
     few = replace(world.domains["down"], counts=world.domains["down"].counts * (np.arange(48) < 13))
     world = replace(world, domains={**world.domains, "down": few})
     for name in ("LEAST_SEQUENCES", "FACTOR_SEQUENCES"):
-        monkeypatch.setattr(engine, name, 10)
+        monkeypatch.setattr(selection, name, 10)
     found = influence(world, eigenvalue_fraction=1e-3)
     assert found.eigenvalue_sequences == {"up": 10, "down": np.count_nonzero(few.counts), "noise": 10}
     domains = {}
@@ -140,8 +141,8 @@ def test_a_part_in_parts(world, unbounded, fisher):
 
 def test_the_widest_layer_asks_for_positions(world, monkeypatch):
     """Eight for each of 24 dimensions, whatever the fraction."""
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 1)
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 8)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 8)
     found = influence(world, factor_fraction=1e-3)
     positions = 0
     for name, domain in world.domains.items():
@@ -162,7 +163,7 @@ def test_by_itself_all_sequences_serve_the_bases_and_a_fifth_the_eigenvalues(lar
     present = {name: np.count_nonzero(domain.counts) for name, domain in large.domains.items()}
     assert found.factor_sequences == found.sequences == present
     assert found.eigenvalue_sequences == {name: int(np.ceil(0.2 * count)) for name, count in present.items()}
-    assert min(present.values()) > 5 * samples.LEAST_SEQUENCES
+    assert min(present.values()) > 5 * LEAST_SEQUENCES
     assert 12 * 24 < 0.25 * sum(domain.examples.positions[domain.counts > 0].sum() for domain in large.domains.values())
     assert found.sketch_fraction == 0.25
     given = influence(large, factor_fraction=1.0, sketch_fraction=0.25, eigenvalue_fraction=0.2)
@@ -181,12 +182,12 @@ ELSEWHERE = {
 @pytest.mark.parametrize("which", ELSEWHERE)
 def test_elsewhere_few_sequences_serve_the_bases(large, which, monkeypatch):
     """All positions of a tenth, and the eigenvalues of all where they are not the covariances'."""
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
-    monkeypatch.setattr(engine, "FACTOR_SEQUENCES", samples.LEAST_SEQUENCES)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(selection, "FACTOR_SEQUENCES", LEAST_SEQUENCES)
     config = InfluenceConfig(sample_fraction=1.0, error_sequences=0, **ELSEWHERE[which])
     found = compute_influence(large.model, large.domains, large.references, config, 0)
     present = {name: np.count_nonzero(domain.counts) for name, domain in large.domains.items()}
-    few = {name: max(samples.LEAST_SEQUENCES, int(np.ceil(0.1 * count))) for name, count in present.items()}
+    few = {name: max(LEAST_SEQUENCES, int(np.ceil(0.1 * count))) for name, count in present.items()}
     assert all(few[name] < count for name, count in present.items())
     assert found.factor_sequences == (present if which == "the diagonal" else few)
     assert found.eigenvalue_sequences == (few if which == "K-FAC" else present)
@@ -235,7 +236,7 @@ def test_auto_ends_with_all_sequences_if_it_must(large, monkeypatch):
 
 def test_auto_is_content_with_few_sequences_where_they_agree(large, capsys, monkeypatch):
     """Domains whose rows are all alike need no more than the least; a scattered one gets more."""
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 8)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 8)
     alike = {
         name: DomainSample(type(domain.examples)([domain.examples[0]] * 300), np.ones(300, dtype=int))
         for name, domain in large.domains.items()
@@ -262,13 +263,13 @@ def test_auto_scores_every_sequence_once_along_its_last_direction(large, monkeyp
         self._score("again", part, again, last, "")
         for sample, expected in zip(self.training_samples, again, strict=True):
             torch.testing.assert_close(sample.scores, expected.scores, rtol=1e-9, atol=1e-12)
-        seen.append([sum(len(chosen.rows) for chosen in chosens) for chosens in (self.factors, self.training)])
+        seen.append([how_many(sets) for sets in (self.selection.factors, self.selection.training)])
         return last
 
     monkeypatch.setattr(engine._Engine, "_until_certain", compared)
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 8)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 8)
     influence(large, sample_fraction="auto", error_sequences=error_sequences)
-    least = 3 * samples.LEAST_SEQUENCES
+    least = 3 * LEAST_SEQUENCES
     assert min(seen[0]) > least, "both the curvature's and the gradients' sequences must have grown"
 
 

@@ -9,7 +9,7 @@ import torch
 from test_sampling import EXACT, WHOLE, influence, part_of, signs_of
 from tiny import damped_of_few, difference, ekfac_spectra, explicit_matrix, factors, weighted_gradients
 
-from ideal.influence import InfluenceConfig, compute_influence, curvature, engine, samples
+from ideal.influence import InfluenceConfig, compute_influence, curvature, selection
 from ideal.influence.sketch import Sketch, probes
 from ideal.influence.statistics import make_positions
 from ideal.seeding import generator
@@ -34,9 +34,9 @@ def matrix_of(seed, domain, slot, size, fraction):
 
 @pytest.fixture
 def unbounded(monkeypatch):
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 1)
-    monkeypatch.setattr(engine, "FACTOR_SEQUENCES", 1)
-    monkeypatch.setattr(samples, "POSITIONS_PER_DIMENSION", 0)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "FACTOR_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
     monkeypatch.setattr(curvature, "SUMS_PER_DIMENSION", 0)
 
 
@@ -194,7 +194,7 @@ def test_sums_do_not_depend_on_batches_parts_or_kept_pairs(world, unbounded):
 @pytest.mark.parametrize("fisher", ["empirical", "sampled"])
 def test_the_default_does_not_depend_on_memory(world, monkeypatch, budget, fisher):
     """All domains' gradients beside the curvature, two at a time, the layers in parts."""
-    monkeypatch.setattr(engine, "LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(selection, "LEAST_SEQUENCES", 1)
     monkeypatch.setattr(curvature, "SUMS_PER_DIMENSION", 1)
     config = InfluenceConfig(sample_fraction=1.0, error_sequences=5, fisher=fisher)
     found, limited = (

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 
 from ideal.errors import UserError
-from ideal.influence import Influence, InfluenceConfig, compute_influence, curvature, engine, statistics
+from ideal.influence import Influence, InfluenceConfig, compute_influence, curvature, selection, statistics
 from ideal.influence.curvature import Curvatures
 
 BASE = InfluenceConfig(
@@ -38,7 +38,7 @@ CASES = {
 
 def compute(world: World, case: str) -> Influence:
     with (
-        patch.multiple(engine, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
+        patch.multiple(selection, LEAST_SEQUENCES=8, FACTOR_SEQUENCES=8),
         patch.object(curvature, "SUMS_PER_DIMENSION", 0),
     ):
         return compute_influence(world.model, world.domains, world.references, CASES[case], 3)
