@@ -20,7 +20,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from comparison import (  # noqa: E402
     median,
     phase_table,
     sink_table,
+    solver_table,
     speed_table,
     table,
     timing_table,
@@ -66,7 +67,7 @@ def main(arguments: list[str]) -> None:
     args = parse(arguments)
     report = Report(args.json)
     with tempfile.TemporaryDirectory(dir=args.scratch) as scratch:
-        workload = make_workload(Path(scratch), args)
+        workload = replace(make_workload(Path(scratch), args), damping=args.damping)
         workload.save()
         report.describe(workload, args)
         for threads in args.threads:
@@ -98,6 +99,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--variant", action="append", default=[], type=variant, metavar='"NAME: KEY=VALUE, ..."', help="more engines")
     add("--fractions", nargs="*", type=float, help="factor_fractions, and variants, to compare with the engine's 1")
     add("--draws", type=int, default=3, help="of the sequences, with --fractions")
+    add("--damping", type=float, default=0.1, help="of all sides; kronfluence has no other")
     add("--threads", nargs="+", type=int, default=[1], help="per process, one after the other")
     add("--repeats", type=int, default=5, help="runs of each side, whose median counts")
     add("--seed", type=int, default=0)
@@ -111,6 +113,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if args.blocks and not args.shape:
         parser.error("--blocks needs --shape")
     peers = [name for name in args.sides if SIDES[name].program != "ours"]
+    if args.damping != 0.1 and args.fractions is None and any("kronfluence" in name for name in peers):
+        parser.error("--damping: kronfluence has 0.1 alone; name other --sides")
     if peers and args.fractions is None and not PEER_PYTHON.exists():
         parser.error(f"--sides {' '.join(peers)}: {PEER_PYTHON} is not there; run scripts/setup_peers.sh first")
     return args
@@ -201,6 +205,8 @@ def compare_fractions(workload: Workload, args: argparse.Namespace, threads: int
     report.section("Fewer sequences", table(header, rows), answers=answers, agreement=agreed)
     report.section("Time", timing_table(answers))
     report.section("Phases", phase_table(answers))
+    if residuals := solver_table(answers):
+        report.section("Joint solver", residuals)
 
 
 # Output

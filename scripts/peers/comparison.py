@@ -80,6 +80,16 @@ def timing_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
     return table(header, rows)
 
 
+def solver_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
+    """How the joint solver's residuals fell, in each side's last run; empty if none used it."""
+    rows = []
+    for name, runs in answers.items():
+        largest = [max(row) for row in runs[-1].get("solver", {}).get("residuals", [])]
+        shown = [number for number in (1, 2, 5, 10, 20, 50, 100) if number < len(largest)] + [len(largest)]
+        rows += [[name, number, f"{largest[number - 1]:.3f}"] for number in shown if number]
+    return table(["side", "iterations", "largest residual"], rows) if rows else ""
+
+
 def speed_table(answers: Mapping[str, list[dict[str, Any]]], peers: Sequence[str]) -> str:
     """How many times faster our sides are than the peers."""
     ours = [name for name in answers if "matrix" in answers[name][0] and name not in peers]

@@ -291,6 +291,27 @@ def test_fractions(tmp_path: Path):
     assert 198 <= used["0.1"] <= 202 and used["1"] == 256
 
 
+def test_joint_solver_beside_the_engine_at_a_damping_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """How far it came is kept and printed; the engine that it is compared with has the same damping."""
+    arguments = ["--quick", "--fractions", "--draws", "1", "--variant", "joint: solver=cg, solver_iterations=3"]
+    found = {
+        damping: run([*arguments, "--damping", damping], tmp_path)["Fewer sequences"] for damping in ("0.1", "1e6")
+    }
+    solver = found["0.1"]["answers"]["joint"][0]["solver"]
+    assert solver["iterations"] == len(solver["residuals"]) == 3
+    assert f"| joint | 3 | {max(solver['residuals'][-1]):.3f} |" in capsys.readouterr().out
+    # Beside so large a damping no curvature counts, of either kind; at the usual one what EK-FAC leaves out does.
+    errors = {damping: section["agreement"]["joint, draw 0"]["error"] for damping, section in found.items()}
+    assert errors["1e6"] < 1e-3 < errors["0.1"]
+
+
+def test_kronfluence_has_one_damping(capsys: pytest.CaptureFixture):
+    """Said at once, not by its process after the engine's."""
+    with pytest.raises(SystemExit):
+        benchmark_influence.parse(["--damping", "1", "--sides", "engine", "kronfluence"])
+    assert "--damping" in capsys.readouterr().err
+
+
 def test_shape(tmp_path: Path):
     """Known sizes with random weights, made by each side for itself."""
     arguments = ["--shape", "tiny", "--sequences", "8", "--references", "4", "--length", "32", "--repeats", "1"]
