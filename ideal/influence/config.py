@@ -22,7 +22,8 @@ class InfluenceConfig:
     """Added to the curvature's eigenvalues, relative to each layer's mean eigenvalue."""
     solver: Literal["direct", "cg"] = "direct"
     """The inverse: layer by layer, or of the joint Gauss-Newton matrix of all tracked layers by conjugate
-    gradients, which the layers' own inverses precondition (dearer, and exact about how layers interact)."""
+    gradients, which the layers' own inverses precondition. Much dearer, and exact about how layers interact once its
+    residuals are small: that takes many sequences, a larger damping or many iterations (docs/performance.md)."""
     solver_iterations: Annotated[int, Field(gt=0)] = 20
     """At most so many conjugate-gradient iterations."""
     sample_fraction: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = 0.5

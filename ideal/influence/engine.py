@@ -33,7 +33,7 @@ from ideal.influence.layers import Group, deal_out, lay_out, shared_inputs, trac
 from ideal.influence.matrix import fixed_form, objective
 from ideal.influence.passes import Passes
 from ideal.influence.products import unrounded
-from ideal.influence.result import Influence
+from ideal.influence.result import NO_SOLUTION, Influence
 from ideal.influence.samples import DomainSample, Examples, SequenceSet, draw_domain, how_many, whole_reference
 from ideal.influence.sampling_errors import Sample, picked_for_errors, reference_covariance, training_covariance
 from ideal.influence.selection import select
@@ -372,7 +372,8 @@ class _Engine:
             purpose = " for the reference rows' standard errors" if kind else ""
             say(
                 f"influence.solver: cg ended{purpose} after {solution.iterations} iterations with a residual of"
-                f" {left:.2f}: raise influence.solver_iterations for a closer solution"
+                f" {left:.2f} ({NO_SOLUTION}): raise influence.solver_iterations or influence.damping, or give it more"
+                " sequences (influence.factor_fraction)"
             )
         return dict(solution.solutions)
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+NO_SOLUTION = "near or above 1 is no solution"
+"""What to say of the joint solver's residuals (docs/performance.md)."""
+
 
 @dataclass(frozen=True)
 class Influence:

@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 
 from ideal.influence.matrix import NORMAL_95
+from ideal.influence.result import NO_SOLUTION
 from ideal.report import tables
 from ideal.report.figures import draw_figures
 from ideal.report.files import Json, RoundFiles, RunFiles, load_run, number, write_atomically
@@ -157,7 +158,7 @@ def _solver(solver: Json) -> list[str]:
     if iterations is None:
         return []
     last = [v for v in map(number, _as_list(residuals[-1] if residuals else None)) if v is not None]
-    end = f"; relative residuals at the end {min(last):.1e} to {max(last):.1e}" if last else ""
+    end = f"; relative residuals at the end {min(last):.1e} to {max(last):.1e} ({NO_SOLUTION})" if last else ""
     return [f"Solved jointly over all layers by conjugate gradients, {iterations:.0f} iterations{end}."]
 
 

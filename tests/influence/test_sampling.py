@@ -347,6 +347,16 @@ def test_joint_solver_is_the_dense_joint_inverse(world, monkeypatch):
     assert found.solver["iterations"] == len(found.solver["residuals"]) > 20
 
 
+def test_a_joint_system_that_is_not_solved_says_so(world, capsys):
+    """With what helps; a solved one does not, and the residual said is the largest one."""
+    largest = max(influence(world, solver="cg", solver_iterations=1, error_sequences=0).solver["residuals"][-1])
+    said = capsys.readouterr().out
+    assert largest > 0.1 and f"ended after 1 iterations with a residual of {largest:.2f} (near or above 1" in said
+    assert all(f"influence.{key}" in said for key in ("solver_iterations", "damping", "factor_fraction"))
+    influence(world, solver="cg", solver_iterations=200, error_sequences=0)
+    assert "residual" not in capsys.readouterr().out
+
+
 # Nothing to work on
 
 
