@@ -366,7 +366,11 @@ class _Engine:
         solution = self._joint(
             part, gradients, lambda: self.passes.batches(factors, drawn=False), self.config.solver_iterations
         )
-        self.solver |= {f"{kind}iterations": solution.iterations, f"{kind}residuals": solution.residuals}
+        self.solver |= {
+            f"{kind}iterations": solution.iterations,
+            f"{kind}residuals": solution.residuals,
+            f"{kind}ratios": solution.ratios,
+        }
         left = max(solution.residuals[-1], default=0.0) if solution.residuals else 0.0
         if left > 2 * JOINT_RESIDUAL:
             purpose = " for the reference rows' standard errors" if kind else ""

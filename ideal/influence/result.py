@@ -44,6 +44,7 @@ class Influence:
     reference_tokens: dict[str, int]
     """Their trained tokens, per capability."""
     solver: dict[str, object]
-    """Of the joint solver: its iterations and residuals; empty without it."""
+    """Of the joint solver: its iterations, residuals and ratios (`joint.JointSolution`), and `error_` ones, of the
+    solutions for the reference rows' standard errors; empty without it."""
     seconds: dict[str, float]
     """Per phase."""

@@ -81,13 +81,18 @@ def timing_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def solver_table(answers: Mapping[str, list[dict[str, Any]]]) -> str:
-    """How the joint solver's residuals fell, in each side's last run; empty if none used it."""
+    """How the joint solver's residuals fell, in each side's last run, and how far from EK-FAC it began.
+
+    Empty if none used it.
+    """
     rows = []
     for name, runs in answers.items():
-        largest = [max(row) for row in runs[-1].get("solver", {}).get("residuals", [])]
+        solver = runs[-1].get("solver", {})
+        largest = [max(row) for row in solver.get("residuals", [])]
         shown = [number for number in (1, 2, 5, 10, 20, 50, 100) if number < len(largest)] + [len(largest)]
-        rows += [[name, number, f"{largest[number - 1]:.3f}"] for number in shown if number]
-    return table(["side", "iterations", "largest residual"], rows) if rows else ""
+        ratio = f"{max(solver['ratios']):.4g}" if largest else ""
+        rows += [[name, number, f"{largest[number - 1]:.3f}", ratio] for number in shown if number]
+    return table(["side", "iterations", "largest residual", "largest ratio"], rows) if rows else ""
 
 
 def speed_table(answers: Mapping[str, list[dict[str, Any]]], peers: Sequence[str]) -> str:

@@ -322,6 +322,23 @@ def test_residuals_are_those_of_the_system():
     np.testing.assert_allclose(solution.residuals[-1], (squared(left) / squared(g)).sqrt(), rtol=1e-9)
 
 
+def test_ratios_are_the_joint_curvature_over_the_preconditioners():
+    """Along what the preconditioner finds; the dampings do not make them 1."""
+    model, layers = case("mlp")
+    g = right_hand_sides(layers)
+    g[1] = 0
+    curvature, damping = preconditioner(layers)
+    alone = joined({name: curvature[name].solve(part) for name, part in split(g, layers).items()})
+    matrix = joint_dense(model, some_rows(), WEIGHTS, layers) / TOKENS + damping_matrix(layers, damping)
+    kept = [0, 2, 3]
+    expected = torch.einsum("ki,ij,kj->k", alone, matrix, alone)[kept] / (g * alone).sum(1)[kept]
+    for iterations in (1, 4):
+        ratios = np.array(solved(model, layers, some_batches(some_rows()), g, iterations=iterations)[1].ratios)
+        np.testing.assert_allclose(ratios[kept], expected, rtol=1e-9)
+        assert ratios[1] == 0
+    assert abs(expected - 1).min() > 0.1
+
+
 def test_layer_that_saw_no_token_is_left_at_zero():
     model, layers = case("mlp")
     g = right_hand_sides(layers)
@@ -441,7 +458,7 @@ def test_matrix_and_reference_errors_are_those_of_the_dense_system(monkeypatch):
     # Without errors nobody pays for a second solution.
     config = replace(config, error_sequences=0, solver_iterations=1)
     without = compute_influence(world.model, world.domains, world.references, config, seed=0)
-    assert np.isnan(without.reference_covariance).all() and set(without.solver) == {"iterations", "residuals"}
+    assert np.isnan(without.reference_covariance).all() and set(without.solver) == {"iterations", "residuals", "ratios"}
 
 
 # What it leaves behind, and what it refuses
