@@ -59,7 +59,8 @@ class JointSolution:
     are memorised the empirical Fisher is far below H (a tenth), residuals fall slowly."""
     ratios: list[float]
     """[K] v^T (H + D) v / v^T g along what EK-FAC finds, v = P g: how many times as much curvature there is as EK-FAC
-    takes it to have; 0 for a right-hand side that is zero. Their size is that of the work left to do."""
+    takes it to have; 0 for a right-hand side that is zero. P (H + D) has an eigenvalue at least as large: the larger,
+    the more iterations."""
 
 
 def solve_joint(

@@ -259,6 +259,7 @@ class _RehearsedPasses(Passes):
         """Notes memory and work of all steps of `sets`."""
 
         def step(chosen: Sequence[SequenceSet], accumulators: Sequence[Accumulator]) -> None:
+            """The pairs of every batch, the next group's read ahead as in the file."""
             mine = self.owned(groups)
             for batch in self.batches(chosen, drawn=False):
                 read = (self.pairs.read(group, sum(batch.positions.sizes)) for group in mine)
@@ -288,6 +289,7 @@ class _RehearsedPasses(Passes):
         tracker = Tracker(self.model, groups, self.owners, self.dtype)
 
         def step(chosen: Sequence[SequenceSet], accumulators: Sequence[Accumulator]) -> None:
+            """Every batch through the model."""
             for batch in self.batches(chosen, drawn):
                 tracker.run(batch, [] if drawn else accumulators, accumulators if drawn else [])
 

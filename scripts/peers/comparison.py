@@ -61,6 +61,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def median(runs: Sequence[Mapping[str, Any]], key: str = "seconds") -> float:
+    """Of one number of every run."""
     return float(np.median([run[key] for run in runs]))
 
 
