@@ -361,6 +361,26 @@ def test_auto_estimates_its_curvature_anew_within_the_budget(monkeypatch):
         tiny_plan(blocks=blocks, **keys, influence__memory_budget=0.98 * expected / 1e9)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_joint_solver_keeps_within_the_budget(processes, monkeypatch):
+    """Per owned layer the curvature, its damped eigenvalues, and eight gradients: of two domains, for which it solves
+    too, the solution, the residual, the direction and the product. Of another rank's layers a direction and its
+    product."""
+    monkeypatch.setattr(selection, "FACTOR_SEQUENCES", 8)
+    hidden, wide, blocks = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"], 4
+    # Of gate and up, and of down.
+    squares, weights = np.array([hidden**2 + 2 * wide**2, hidden**2 + wide**2]), np.array([2, 1]) * hidden * wide
+    owned = [4 * blocks // processes * (squares + (1 + 1 + 8) * weights).sum(), 4 * blocks * 2 * weights.sum()]
+    expected = owned[0] + (processes - 1) * owned[1] // processes
+    keys = {"influence__solver": "cg", "influence__pair_budget": 0}
+    plan = tiny_plan(processes, blocks=blocks, **keys, influence__memory_budget=1.001 * expected / 1e9)
+    held = max(phase.memory.get("factors", 0) + phase.memory.get("gradients", 0) for phase in plan.outer)
+    # One layer's solutions are there twice for a moment.
+    assert 0.9 * expected < held <= 1.001 * expected + 2 * 4 * hidden * wide
+    with pytest.raises(UserError, match=f"all layers at once, {expected / 1e9:.3g} GB: raise influence.memory_budget"):
+        tiny_plan(processes, blocks=blocks, **keys, influence__memory_budget=0.99 * expected / 1e9)
+
+
 def test_work_is_that_of_six_flops_per_weight_and_token():
     """Forward and backward are 6 FLOPs per weight and token; frozen, 4, and the statistics on top."""
     plan = tiny_plan(machine=DEVICES["h100"])

@@ -137,12 +137,6 @@ class _Engine:
         sizes = len(self.pools), len(self.reference), self.passes.dtype.itemsize
         self.layout = lay_out(self.groups, self.passes.owners, self.config, *sizes)
         self.auto = self.config.sample_fraction == "auto"
-        in_parts = len(self.layout.gradient_parts) > 1 or self.layout.spilled
-        if in_parts and (self.auto or self.config.solver == "cg"):
-            key = "sample_fraction: auto" if self.auto else "solver: cg"
-            raise UserError(
-                f"influence.{key} needs the statistics of all layers at once: raise influence.memory_budget"
-            )
         self.total = sum(chosen.total for chosen in self.pools)
         self.shares = np.array([chosen.total / self.total for chosen in self.pools])
         room = self.layout.holds_beside_curvature(len(self.pools))

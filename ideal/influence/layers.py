@@ -181,25 +181,31 @@ def lay_out(
     """The fewest parts that fit `config.memory_budget`, and as many gradients at once as these leave room for.
 
     Raises:
-        UserError: a group alone does not fit.
+        UserError: a group alone does not fit, or with `auto` or the joint solver, which look at all gradients again
+            and again, not all groups together do.
     """
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
     factors = {name: size.factors + size.halves for name, size in sizes.items()}
-    # auto keeps the capabilities' gradients beside the V_r: it may need them again, with a new curvature.
     auto = config.sample_fraction == "auto"
-    together = domains + capabilities * (2 if auto else 1)
+    together, everywhere = _gradients_together(config, domains, capabilities, len(set(owners.values())))
     # The capabilities' gradients come where second halves were, but for auto's: it estimates these with all there.
     whole = {name: size.factors + auto * size.halves + together * size.gradient for name, size in sizes.items()}
-    if len(_parts(groups, owners, whole, budget)) == 1:
+    elsewhere = everywhere * sum(size.gradient for size in sizes.values())
+    need = elsewhere + max(_loads(groups, owners, whole).values())
+    if need <= budget:
         return Layout([groups], [groups], together, in_turns=False, spilled=False)
+    if auto or config.solver == "cg":
+        key = "sample_fraction: auto" if auto else "solver: cg"
+        raise UserError(
+            f"influence.{key} needs the statistics of all layers at once, {need / 1e9:.3g} GB: raise"
+            " influence.memory_budget"
+        )
     factor_parts = _parts(groups, owners, factors, budget)
     # Curvatures stay where they were made, or are fetched one group at a time; what is left is for gradients.
     resident = budget - max(_loads(groups, owners, factors).values())
     fetched = budget - max(factors.values())
-    # Both look at all gradients again and again.
-    turns = not auto and config.solver == "direct"
-    counts = [together, *(range(max(domains, capabilities), 0, -1) if turns else [])]
+    counts = [together, *range(max(domains, capabilities), 0, -1)]
     found = [
         Layout(factor_parts, parts, count, in_turns=count < together, spilled=room is fetched)
         for room in (resident, fetched)
@@ -215,6 +221,18 @@ def lay_out(
             f" take {alone[name] / 1e9:.3g} GB: allow at least that, or leave the layer out of influence.layers"
         )
     return min(found, key=lambda layout: len(layout.gradient_parts))
+
+
+def _gradients_together(config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> tuple[int, int]:
+    """Gradients of each layer that its owner holds where all are there, beyond those that every rank holds of each."""
+    # auto keeps the capabilities' gradients beside the V_r: it may need them again, with a new curvature.
+    again = capabilities if config.sample_fraction == "auto" else 0
+    if config.solver == "direct":
+        return domains + capabilities + again, 0
+    # What `solve_joint` has for each right-hand side, first the capabilities' beside the domains' gradients and then
+    # the domains'; the preconditioner's eigenvalues; and of other ranks' layers a direction and its product.
+    solving = max(domains + again + 4 * capabilities, 4 * domains) + 1
+    return (solving, 0) if ranks == 1 else (solving - 2, 2)
 
 
 def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:
