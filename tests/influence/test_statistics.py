@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import Rows, layer_pairs, sequence_gradients, summed_loss, tiny_llama, toy_rows, weights_of
+from tiny import VOCABULARY, Rows, layer_pairs, sequence_gradients, summed_loss, tiny_llama, toy_rows, weights_of
 
 from ideal.errors import UserError
 from ideal.influence.layers import shared_inputs
@@ -291,43 +291,64 @@ def test_drawn_labels_follow_the_distribution():
     assert draw_labels(logits[None], torch.tensor([1.0], dtype=torch.float64)).item() < 5
 
 
-def test_sampled_fisher_is_the_gauss_newton_matrix_on_average(world):
-    """E over labels of the squared gradient = diagonal of J^T (diag p - p p^T) J, exactly.
+def test_sampled_fisher_is_the_gauss_newton_matrix_in_expectation(world):
+    """E over labels of S and of squared gradients, in any bases, is J^T (diag p - p p^T) J with J the logits' Jacobian.
 
-    Over 150 draws, four positive combinations of the entries are compared in units of their
-    standard error: 4.5 of these happen once in 40,000 times per combination. The examples' own labels
-    are far outside.
+    A sequence with two trained labels is run with every pair of labels, each weighted by its probability: an
+    expectation without chance, products of the two positions' gradients included, which cancel. The example's own
+    labels give something else.
     """
-    rows = toy_rows("up", 6, 9)
-    name = "model.layers.0.mlp.down_proj"
-    weight = world.model.get_submodule(name).weight
-    exact = torch.zeros(weight.numel(), dtype=torch.float64)
-    for row in rows.rows:
-        trained = torch.tensor(row["labels"][1:]) != -100
-        logits = world.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1][trained]
-        eye = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
-        (jacobian,) = torch.autograd.grad(logits, [weight], eye, is_grads_batched=True)
-        J, p = jacobian.flatten(1), logits.detach().softmax(-1)
-        middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
-        exact += (J.T @ middle @ J).diagonal()
+    row = toy_rows("up", 1, 9)[0]
+    trained = [i for i, label in enumerate(row["labels"]) if label != -100]
+    row = {**row, "labels": [label if i in trained[:2] else -100 for i, label in enumerate(row["labels"])]}
+    names = list(weights_of(world.model))
+    rng = torch.Generator().manual_seed(1)
+    some = {size: torch.linalg.qr(torch.randn(size, size, dtype=torch.float64, generator=rng))[0] for size in (16, 24)}
+    # Layers of a group share Q_A.
+    bases = {name: (some[w.shape[0]], some[w.shape[1]]) for name, w in weights_of(world.model).items()}
+    outputs = {}
+    handles = [
+        world.model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in names
+    ]
+    logits = world.model(input_ids=torch.tensor([row["input_ids"]])).logits[0, [i - 1 for i in trained[:2]]]
+    for handle in handles:
+        handle.remove()
+    p = logits.detach().softmax(-1)
+    middle = torch.block_diag(*[torch.diag(one) - torch.outer(one, one) for one in p])
+    eye = torch.eye(logits.numel(), dtype=torch.float64).view(-1, *logits.shape)
 
-    combinations = torch.rand(4, len(exact), dtype=torch.float64, generator=torch.Generator().manual_seed(1)) ** 4
-    tracker = tracker_of(world.model, [name])
+    def jacobian(tensor):
+        return torch.autograd.grad(logits, [tensor], eye, is_grads_batched=True, retain_graph=True)[0]
 
-    def squares(uniforms):
-        zero = torch.zeros_like(weight, dtype=torch.float64)
-        sums = Eigenvalues({name: zero}, {name: (None, None)}, EXACTLY, None)
-        batch = batch_of(rows, [1.0] * 6, uniforms)
-        tracker.run(batch, *(([sums], []) if uniforms is None else ([], [sums])))
-        return combinations @ sums.sums[name].flatten()
+    middles = p.cumsum(-1) - p / 2  # of the intervals of uniforms that give each label
+    pairs = torch.cartesian_prod(torch.arange(VOCABULARY), torch.arange(VOCABULARY))
+    uniforms = torch.stack([middles[0, pairs[:, 0]], middles[1, pairs[:, 1]]], 1).numpy()
+    chances = (p[0, pairs[:, 0]] * p[1, pairs[:, 1]]).tolist()
 
-    rng = np.random.default_rng(0)
-    with frozen(world.model), tracker.hooked():
-        draws = torch.stack([squares([rng.random(t) for t in rows.trained_tokens]) for _ in range(150)])
-        empirical = squares(None)
-    error = draws.std(0) / 150**0.5
-    assert ((draws.mean(0) - combinations @ exact).abs() < 4.5 * error).all()
-    assert ((empirical - combinations @ exact).abs() > 9 * error).all()
+    def statistics(rows, weights, uniforms):
+        sums = OutputCovariance(zeros(world.model, lambda o, i: (o, o)), EXACTLY)
+        squares = Eigenvalues(zeros(world.model, lambda o, i: (o, i)), bases, EXACTLY)
+        tracker = tracker_of(world.model)
+        with frozen(world.model), tracker.hooked():
+            both = [sums, squares]
+            tracker.run(batch_of(rows, weights, uniforms), *(([], both) if uniforms is not None else (both, [])))
+        return sums.sums, squares.sums
+
+    expected = statistics(Rows([row] * len(pairs)), chances, list(uniforms))
+    own = statistics(Rows([row]), [1.0], None)
+    for name in names:
+        basis_O, basis_I = bases[name]
+        J_SO = jacobian(outputs[name])[:, 0].transpose(0, 1)
+        S = sum(J.T @ middle @ J for J in J_SO).triu()
+        J = (basis_O.T @ jacobian(world.model.get_submodule(name).weight) @ basis_I).flatten(1)
+        squares = (J * (middle @ J)).sum(0)
+        for found, right in ((expected, True), (own, False)):
+            for got, exact in ((found[0][name].triu(), S), (found[1][name].flatten(), squares)):
+                # 576 terms, each of a few hundred roundings.
+                assert ((got - exact).abs().max() < 1e-11 * exact.abs().max()) == right
 
 
 def test_halves_of_the_sequences(rows):

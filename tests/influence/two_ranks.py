@@ -34,6 +34,8 @@ CASES = {
     "auto": replace(BASE, sample_fraction="auto"),
     "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=3),
 }
+SHARDED = ["ekfac", "ragged", "partitions", "sampled", "sketch", "in bases", "auto"]
+"""Cases that are computed with parameters sharded by FSDP2 too."""
 
 
 def compute(world: World, case: str) -> Influence:
@@ -76,7 +78,7 @@ def on_rank(folder: Path) -> None:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    found["sharded"] = compute(world, "ragged")
+    found |= {f"sharded {case}": compute(world, case) for case in SHARDED}
     found["spoiled"] = spoiled(world)
     torch.save(found, folder / f"rank{dist.get_rank()}.pt")
     dist.barrier()
