@@ -78,8 +78,19 @@ _VALUES: dict[Any, Callable[[np.ndarray], Any]] = {
 @contextmanager
 def fake() -> Iterator[None]:
     """Tensors made inside are fake, and their values ones; real ones are taken as fake too."""
-    with FakeTensorMode(allow_non_fake_inputs=True), _Ones():
-        yield
+    swap = torch.utils.swap_tensors
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, _Ones():
+
+        def forget_and_swap(one: Tensor, other: Tensor) -> None:
+            """Module.to swaps fake tensors, which torch refuses where its own notes of them refer to them."""
+            mode.fake_tensor_converter.meta_converter.tensor_memo.clear()
+            swap(one, other)
+
+        torch.utils.swap_tensors = forget_and_swap
+        try:
+            yield
+        finally:
+            torch.utils.swap_tensors = swap
 
 
 class Footprint(TorchDispatchMode):

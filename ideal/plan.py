@@ -244,6 +244,12 @@ def empty_model(config: Config, shape: Any, dtype: torch.dtype) -> torch.nn.Modu
     return with_adapters(model, config.model.lora)
 
 
+def _trained_size(config: Config) -> int:
+    """Bytes of a weight that is trained: adapters are float32, whatever the model is in (peft)."""
+    size = DTYPES[config.model.dtype].itemsize
+    return max(size, torch.float32.itemsize) if config.model.lora.rank else size
+
+
 def _compute_dtype(config: Config) -> torch.dtype:
     return config.train.compute_dtype or DTYPES[config.model.dtype]
 
@@ -307,7 +313,7 @@ def _training(
             footprint, count = run(typical, 1), 1
         work = footprint.work[""].times(plan.steps * accumulation / count)
         trained = _count(p for p in model.parameters() if p.requires_grad)
-        work += Work(moved=UPDATE_PASSES * trained * DTYPES[config.model.dtype].itemsize * plan.steps / shards)
+        work += Work(moved=UPDATE_PASSES * trained * _trained_size(config) * plan.steps / shards)
     sequences = plan.steps * config.train.global_batch_size
     return Phase(TRAINING, memory, work, 1, sequences, plan.epochs, _seconds(machine, work))
 
@@ -366,7 +372,7 @@ def _loss(model: torch.nn.Module, rows: int, length: int, amp: bool) -> torch.Te
 def _held_in_training(model: torch.nn.Module, config: Config, shards: int, several: bool) -> dict[str, int]:
     """Weights and what goes with them, bytes per process."""
     held, computed = DTYPES[config.model.dtype].itemsize, _compute_dtype(config).itemsize
-    trained = held * _count(p for p in model.parameters() if p.requires_grad)
+    trained = _trained_size(config) * _count(p for p in model.parameters() if p.requires_grad)
     name = str(config.train.arguments.get("optim", "adamw"))
     moments = next((factor for part, factor in MOMENTS.items() if part in name), 2.0)
     found = _weights(model, shards, held, computed) | {"optimizer": int(moments * trained) // shards}
@@ -490,7 +496,7 @@ def _disk(
     kept = 2 if config.keep_models == "final" else loops + 1
     disk = {f"{kept} models": kept * saved * size}
     given = config.train.arguments
-    checkpoint = trained * 3 * DTYPES[config.model.dtype].itemsize
+    checkpoint = trained * 3 * _trained_size(config)
     if config.mixing.start == "continue" and loops > 1:
         disk["2 checkpoints between rounds"] = 2 * checkpoint
     strategy = str(given.get("save_strategy", "no"))

@@ -17,14 +17,14 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from ideal.data import ExampleSet
 from ideal.demo import BASE_MODEL
 from ideal.distributed import rank
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence
 from ideal.mixture import build_mixture
-from ideal.model import ModelConfig, shard
+from ideal.model import LoraConfig, ModelConfig, shard, with_adapters
 from ideal.training import TrainConfig, train, training_arguments
 
 M_MMAP_THRESHOLD, MMAP_THRESHOLD = -3, 65536
@@ -39,16 +39,23 @@ MASKED = 4
 class Task:
     """What is run, and on how much.
 
-    model: LlamaConfig's arguments, or a folder. domains, references: rows per set; length: tokens of the longest
-    row. arguments: train.* keys; influence: influence.* keys.
+    model: a configuration's arguments, a Llama's unless `model_type` says otherwise, or a folder. domains,
+    references: rows per set; length: tokens of the longest row. arguments: train.* keys; influence: influence.* keys.
+    rank: of LoRA adapters.
     """
 
-    model: dict[str, int] | str
+    model: dict[str, Any] | str
     domains: dict[str, int]
     references: dict[str, int]
     length: int
     arguments: dict[str, Any]
     influence: dict[str, Any]
+    rank: int = 0
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapters, if any."""
+        return LoraConfig(rank=self.rank)
 
     @property
     def train(self) -> TrainConfig:
@@ -73,12 +80,17 @@ def make_set(name: str, rows: int, length: int, vocabulary: int) -> ExampleSet:
     )
 
 
-def make_model(shape: dict[str, int] | str, folder: Path) -> Path:
+def configuration(shape: dict[str, Any]) -> PretrainedConfig:
+    """Of a model of these sizes."""
+    return AutoConfig.for_model(**{"model_type": "llama", **shape})
+
+
+def make_model(shape: dict[str, Any] | str, folder: Path) -> Path:
     """A folder with a model of these sizes."""
     if isinstance(shape, str):
         return Path(shape)
     if rank() == 0 and not folder.exists():
-        AutoModelForCausalLM.from_config(LlamaConfig(**shape)).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(configuration(shape)).save_pretrained(folder)
         AutoTokenizer.from_pretrained(BASE_MODEL).save_pretrained(folder)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -91,7 +103,7 @@ def run_training(task: Task, model: Path, out: Path) -> None:
     pools = {name: make_set(name, rows, task.length, vocabulary) for name, rows in task.domains.items()}
     tokens = {name: pool.trained_tokens for name, pool in pools.items()}
     train(
-        ModelConfig(name_or_path=str(model)),
+        ModelConfig(name_or_path=str(model), lora=task.lora),
         task.train,
         AutoTokenizer.from_pretrained(BASE_MODEL),
         pools,
@@ -106,7 +118,7 @@ def run_training(task: Task, model: Path, out: Path) -> None:
 
 def run_influence(task: Task, model: Path, out: Path, sharded: bool = False) -> dict[str, float]:
     """An outer step as the program runs it; seconds per phase."""
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = with_adapters(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), task.lora)
     if sharded:
         shard(loaded, torch.device("cpu"))
     vocabulary = loaded.config.vocab_size
@@ -133,7 +145,8 @@ def on_rank(phase: str, out: Path) -> None:
     torch.set_num_threads(1)
     task = Task(**json.loads((out / "task.json").read_text()))
     training_arguments(task.train, out / "checkpoints", 0)  # starts the process group, as the loop does
-    small, large = make_model(TINY, out / "tiny"), make_model(task.model, out / "base")
+    same_kind = {} if isinstance(task.model, str) else {**task.model, **TINY}
+    small, large = make_model({**TINY, **same_kind}, out / "tiny"), make_model(task.model, out / "base")
     RUN[phase](task, small, out / "small")
     base = resident("VmRSS")
     started = time.monotonic()

@@ -80,8 +80,10 @@ def sizes_of(task: Task) -> DataSizes:
 
 def planned(task: Task, ranks: int) -> Plan:
     """The plan of a run on the task's data."""
-    config = validate({"train": task.arguments, "influence": task.influence})
-    shape = AutoConfig.from_pretrained(task.model) if isinstance(task.model, str) else LlamaConfig(**task.model)
+    tree = {"train": task.arguments, "influence": task.influence, "model": {"lora": {"rank": task.rank}}}
+    config = validate(tree)
+    folder = isinstance(task.model, str)
+    shape = AutoConfig.from_pretrained(task.model) if folder else peaks.configuration(task.model)
     return make_plan(config, sizes_of(task), ranks, None, shape)
 
 
@@ -116,6 +118,24 @@ def test_peaks_of_random_shapes(phase, number, tmp_path):
     task = random_task(seed, early=phase == "influence" and number == 1)
     for ranks in (1, 2):
         compare(task, phase, ranks, tmp_path / str(ranks))
+
+
+@pytest.mark.parametrize("phase", ["training", "influence"])
+@pytest.mark.parametrize(("kind", "layers"), [("gpt_neox", ["*.mlp.dense_*"]), ("phi3", ["*.mlp.*_proj"])])
+def test_peaks_of_other_architectures(kind, layers, phase, tmp_path):
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    task = random_task(seed)
+    model = {**task.model, "model_type": kind, "pad_token_id": 0}
+    compare(replace(task, model=model, influence={**task.influence, "layers": layers}), phase, 1, tmp_path / "out")
+
+
+@pytest.mark.parametrize("phase", ["training", "influence"])
+def test_peaks_of_adapters(phase, tmp_path):
+    """Nothing of the base model's weights is trained; the tracked layers are the adapters' own."""
+    seed = random.SystemRandom().randrange(10**6)
+    print(f"seed {seed}")
+    compare(replace(random_task(seed), rank=16), phase, 1, tmp_path / "out")
 
 
 def test_peak_of_long_sequences_with_shared_keys(tmp_path):
@@ -290,6 +310,16 @@ def test_training_holds_weights_moments_and_buckets():
     sharded = tiny_plan(4, train__fsdp=True).phases[0].memory
     assert sharded["weights"] == alone["weights"] // 4 and sharded["optimizer"] == alone["optimizer"] // 4
     assert tiny_plan(train__optim="sgd").phases[0].memory["optimizer"] == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_alone_have_moments(dtype):
+    """A x B of rank 4 at every linear layer of the blocks, in float32 whatever the model is in."""
+    memory = tiny_plan(model__lora={"rank": 4}, model__dtype=dtype).phases[0].memory
+    hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
+    keys = hidden // peaks.TINY["num_attention_heads"] * peaks.TINY["num_key_value_heads"]
+    sizes = 3 * (hidden + wide) + 2 * (hidden + hidden) + 2 * (hidden + keys)
+    assert memory["optimizer"] == 2 * 4 * BLOCKS * 4 * sizes
 
 
 def test_checkpointing_takes_fewer_activations_and_more_flops():

@@ -115,22 +115,35 @@ def evaluate(model: nn.Module, rows: Rows) -> None:
         loss_of(model, rows.rows)
 
 
+def leaves_as_it_was(fresh: nn.Module, wrap: Callable[[nn.Module], Any], sets: Sets) -> bool:
+    """A model with gradients in training mode, but for a part, and with a hook and a frozen parameter."""
+    bare = copy.deepcopy(fresh)
+    bare.model.norm.weight.requires_grad_(False)  # type: ignore[union-attr]
+    model = wrap(bare).train()
+    part = bare.model.layers[0].mlp.eval()  # type: ignore[union-attr,index]
+    part.register_forward_hook(lambda *_: None)
+    loss_of(model, sets[0]["up"].rows).backward()
+    before = list(picture(model))
+    probe(model, sets)
+    return list(picture(model)) == before and model.training and not part.training
+
+
 def under_ddp(fresh: nn.Module, sets: Sets) -> dict[str, Any]:
     """Whether training ends in the same weights, and the matrix on the way."""
     rows = sets[0]["up"]
     plain = DistributedDataParallel(copy.deepcopy(fresh))
     model = DistributedDataParallel(copy.deepcopy(fresh))
+    unchanged = leaves_as_it_was(fresh, DistributedDataParallel, sets)
     before = list(picture(model))
     found = probe(model, sets)
-    unchanged = list(picture(model)) == before
+    unchanged = unchanged and list(picture(model)) == before
     layer = model.module.model.layers[0].mlp
     expected = train(plain, rows, nothing, nothing)
     once = train(model, rows, partial(failing_probe, model, sets, layer, 4), partial(probe, model, sets))
     return {"matrix": found.matrix, "unchanged": unchanged, "trains": all(map(torch.equal, once, expected))}
 
 
-def sharded(fresh: nn.Module, policy: MixedPrecisionPolicy) -> Any:
-    model = copy.deepcopy(fresh)
+def sharded(model: nn.Module, policy: MixedPrecisionPolicy) -> Any:
     for layer in model.model.layers:  # type: ignore[union-attr,operator]
         fully_shard(layer, mp_policy=policy)
     return fully_shard(model, mp_policy=policy)
@@ -155,13 +168,14 @@ def stays_sharded(model: nn.Module, sets: Sets) -> bool:
 def under_fsdp(fresh: nn.Module, sets: Sets, policy: MixedPrecisionPolicy) -> dict[str, Any]:
     """As under_ddp; probed first of all, and while evaluation has left parameters gathered."""
     rows = sets[0]["up"]
-    plain, model = sharded(fresh, policy), sharded(fresh, policy)
+    plain, model = (sharded(copy.deepcopy(fresh), policy) for _ in range(2))
     found = probe(model, sets)
     unchanged = all(
         parameter.requires_grad and parameter.grad is None and hasattr(parameter, "to_local")
         for parameter in model.parameters()
     )
     unchanged = unchanged and stays_sharded(model, sets)
+    unchanged = unchanged and leaves_as_it_was(fresh, partial(sharded, policy=policy), sets)
     layer = model.model.layers[0].mlp
     expected = train(plain, rows, partial(evaluate, plain, rows), nothing)
 

@@ -55,8 +55,13 @@ def picture(model: nn.Module) -> Iterator[Any]:
         for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"):
             yield [(key, id(hook)) for key, hook in getattr(module, f"_{kind}").items()]
     for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        yield name, id(parameter), parameter.requires_grad, parameter.detach().clone().numpy().tobytes()
-        yield id(gradient), None if gradient is None else gradient.detach().clone().numpy().tobytes()
+        yield name, id(parameter), parameter.requires_grad, _bytes(parameter)
+        yield id(parameter.grad), None if parameter.grad is None else _bytes(parameter.grad)
     for name, buffer in model.named_buffers():
-        yield name, id(buffer), buffer.clone().numpy().tobytes()
+        yield name, id(buffer), _bytes(buffer)
+
+
+def _bytes(tensor: Any) -> bytes:
+    """Of this rank's part of it."""
+    mine: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return mine.detach().clone().numpy().tobytes()

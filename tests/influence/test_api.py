@@ -96,6 +96,14 @@ def test_sample_depends_on_neither_order_nor_batches(world, rows, monkeypatch):
     assert difference(other.matrix, one.matrix) < EXACT
 
 
+def test_a_batch_without_trained_labels_is_nothing(world, rows, expected):
+    masked = collate([{"input_ids": [4, 5, 6], "labels": [-100] * 3}] * 2)
+    domains, references = ({name: [masked, *one] for name, one in sets.items()} for sets in loaders(rows))
+    found = influence_of(world.model, domains, references, **WHOLE)
+    assert difference(found.matrix, expected.matrix) < EXACT
+    assert found.tokens == expected.tokens
+
+
 def test_a_row_that_comes_twice_counts_twice(world, rows):
     domains, references = rows
     doubled = {**domains, "up": Rows([*domains["up"].rows, *domains["up"].rows[:3]])}

@@ -26,7 +26,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ideal.influence import DomainSample, InfluenceConfig, compute_influence
+from ideal.footprint import fake
+from ideal.influence import DomainSample, InfluenceConfig, compute_influence, products, selection
+from ideal.influence.rehearsal import rehearse
+from ideal.influence.samples import draw_domain, whole_reference
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "scripts" / "peers")]
@@ -35,7 +38,7 @@ import benchmark_influence  # noqa: E402
 from comparison import agreement, cosine  # noqa: E402
 from exchange import ALL_BUT_LAST, EVERY_TOKEN, IGNORED, LAST_LABEL, Rows, Workload  # noqa: E402
 from first_position import matrix_without  # noqa: E402
-from flops import Tokens, forward_backward, phase_flops  # noqa: E402
+from flops import Tokens, forward_backward, head_size, phase_flops  # noqa: E402
 from sides import PEER_PYTHON, Worker, engine_side, variant  # noqa: E402
 from workloads import QUICK, SHAPES, random_sets  # noqa: E402
 
@@ -239,13 +242,28 @@ def test_operations_of_a_pass():
     assert forward_backward(model.config, Tokens(3 * 17, 3 * 17**2, 3 * 17)) == counter.get_total_flops()
 
 
-def test_operations_of_the_phases():
-    """The training rows twice double what goes over them, and nothing else."""
-    rows = Rows([[1, 2, 3, 4], [1, 2, 3]], [[IGNORED, 2, 3, 4], [IGNORED, IGNORED, 3]])
-    twice = Rows(rows.input_ids * 2, rows.labels * 2)
+def test_operations_of_the_phases(monkeypatch: pytest.MonkeyPatch):
+    """Beside the products that the engine makes, counted by the planner: all of them but for attention, which the
+    planner counts as fused (the pass has a test of its own above), with the squares' other half."""
+    monkeypatch.setattr(products, "TRIANGLE_BLOCKS", 1)
+    monkeypatch.setattr(selection, "POSITIONS_PER_DIMENSION", 0)
+    ids = [list(range(1, 14))] * 40
+    rows = Rows(ids, [[IGNORED] * 5 + row[5:] for row in ids])
+    workload = Workload(Path(), {"a": rows, "b": rows}, {"r": rows, "s": rows}, [])
     config = LlamaConfig(**SHAPES["tiny"])
-    once, more = (phase_flops(config, Workload(Path(), {"a": some}, {"a": rows}, [])) for some in (rows, twice))
-    assert more == {**once, "covariances": 2 * once["covariances"], "eigenvalues": 2 * once["eigenvalues"]}
+    with fake():
+        sets = [draw_domain(name, DomainSample(rows, np.ones(40, dtype=int)), 1.0, 0) for name in workload.domains]
+        references = [whole_reference(name, rows) for name in workload.references]
+        every = replace(EVERYTHING, eigenvalue_fraction=1.0, sketch_fraction=1.0)
+        model = LlamaForCausalLM(config)
+        found = rehearse(
+            model, sets, references, every, 1, vocabulary=config.vocab_size, pair_room=0, on_gpu=True
+        ).phases
+    for phase, flops in phase_flops(config, workload).items():
+        of = 0 if phase == "inverse" else 40 * 2
+        attention = 12 * config.num_hidden_layers * of * 12**2 * config.num_attention_heads * head_size(config)
+        squares = config.num_hidden_layers * of * 12 * (2 * config.hidden_size**2 + 3 * config.intermediate_size**2)
+        assert found[phase].work.wide == flops - attention + squares * (phase == "covariances"), phase
 
 
 def test_variant():
@@ -314,11 +332,17 @@ def test_kronfluence_has_one_damping(capsys: pytest.CaptureFixture):
     assert "--damping" in capsys.readouterr().err
 
 
-def test_shape(tmp_path: Path):
-    """Known sizes with random weights, made by each side for itself."""
+def test_shape(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Known sizes with random weights, made by each side for itself; how fast each phase computes is said."""
     arguments = ["--shape", "tiny", "--sequences", "8", "--references", "4", "--length", "32", "--repeats", "1"]
-    found = run([*arguments, "--blocks", "1", "--sides", "engine"], tmp_path)["Time"]["answers"]["engine"][0]
+    sections = run([*arguments, "--blocks", "1", "--sides", "engine"], tmp_path)
+    found = sections["Time"]["answers"]["engine"][0]
     assert np.isfinite(found["matrix"]).all() and len(found["first_position_share"]) == 3
+    flops, printed = sections["Phases"]["flops"]["engine"], capsys.readouterr().out
+    assert set(flops) == {"covariances", "eigenvalues", "reference gradients", "inverse"}
+    for phase, count in flops.items():
+        seconds = found["phases"][phase]
+        assert f"| engine | {phase} | {seconds:.3f} | {count / seconds / 1e12:.3g} |" in printed
 
 
 def test_what_was_measured_before_a_side_fails_is_kept(tmp_path: Path):
