@@ -1,5 +1,6 @@
 """Models and tokenizers: loaded, wrapped with LoRA, saved."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,7 +140,10 @@ def with_adapters(model: PreTrainedModel, lora: LoraConfig) -> PreTrainedModel |
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules,
     )
-    return get_peft_model(model, adapters)
+    with warnings.catch_warnings():
+        # peft asks transformers for what has another name there by now.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return get_peft_model(model, adapters)
 
 
 def shard(model: PreTrainedModel | PeftModel, device: torch.device) -> None:

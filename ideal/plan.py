@@ -492,7 +492,7 @@ def _disk(
     """Bytes by what for, over all processes."""
     stored = getattr(shape, "dtype", None)
     size = (stored if isinstance(stored, torch.dtype) else DTYPES[config.model.dtype]).itemsize
-    saved = parameters if config.model.lora.rank == 0 else trained
+    saved, size = (trained, _trained_size(config)) if config.model.lora.rank else (parameters, size)
     kept = 2 if config.keep_models == "final" else loops + 1
     disk = {f"{kept} models": kept * saved * size}
     given = config.train.arguments

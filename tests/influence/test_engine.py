@@ -279,7 +279,7 @@ def test_batches(world, plain, options):
     ],
 )
 def test_budgets(two_layers, budget, factor_parts, gradient_parts, at_once, spilled, monkeypatch):
-    """Whatever is held at a time, the matrix is the same, and no more is held than allowed."""
+    """However much is held at a time, the matrix is the same (test_plan.py: and it is no more than allowed)."""
     expected = influence(two_layers, sample_fraction=0.95, error_sequences=12)
     layouts = []
     right = engine.lay_out
