@@ -13,7 +13,7 @@ from ideal.footprint import Work
 from ideal.settings import STRICT
 
 MEASURED_SECONDS = 0.2
-"""For each of three short measurements."""
+"""For each of four short measurements."""
 EFFICIENCY = 0.5
 """Part of a GPU's peak, in products and in memory traffic, that training code usually reaches."""
 
@@ -27,7 +27,7 @@ class PlanConfig:
     processes: Annotated[int, Field(ge=1)] | None = None
     """processes, one per device; none: as many as were started"""
     device: Literal["here", "a100", "h100", "h200"] = "here"
-    """what each process runs on; here: this machine, measured for half a second"""
+    """what each process runs on; here: this machine, measured for a second"""
     flops: Annotated[float, Field(gt=0)] | None = None
     """FLOP/s that a process reaches in matrix products, in place of what was measured or half the device's peak"""
 

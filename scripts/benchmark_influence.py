@@ -43,7 +43,7 @@ from comparison import (  # noqa: E402
     table,
     timing_table,
 )
-from exchange import Workload  # noqa: E402
+from exchange import Rows, Workload  # noqa: E402
 from flops import phase_flops  # noqa: E402
 from sides import (  # noqa: E402
     CONVENTIONS,
@@ -223,13 +223,14 @@ class Report:
         """What is about to be measured, where."""
         sets = {"training": workload.domains, "reference": workload.references}
         rows = [
-            [kind, name, len(rows), sum(map(len, rows.input_ids)), int(rows.trained_tokens.sum())]
+            [kind, name, *_counts(rows), *(f"{rows.padding(workload.batch_size, ours):.1%}" for ours in (True, False))]
             for kind, named in sets.items()
             for name, rows in named.items()
         ]
+        header = ["set", "name", "sequences", "tokens", "positions", "trained tokens", "padding", "in file order"]
         print(f"{args.model or args.shape or 'W'} on {self.content['machine']}; {workload.dtype} weights")
         self.content["arguments"] = {key: str(value) for key, value in vars(args).items()}
-        self.section("Sequences", table(["set", "name", "sequences", "tokens", "trained tokens"], rows), sequences=rows)
+        self.section("Sequences", table(header, rows), sequences=rows)
 
     def keep(self, threads: int, answers: Mapping[str, list[dict[str, Any]]]) -> None:
         """What the sides have answered so far, which a benchmark that is ended has not lost."""
@@ -249,6 +250,11 @@ class Report:
             other = self.file.with_name(f"{self.file.name}.tmp")
             other.write_text(json.dumps(self.content, indent=1))
             other.replace(self.file)
+
+
+def _counts(rows: Rows) -> list[int]:
+    """Sequences, tokens, positions that carry statistics, trained tokens."""
+    return [len(rows), sum(map(len, rows.input_ids)), int(rows.positions.sum()), int(rows.trained_tokens.sum())]
 
 
 def machine() -> str:

@@ -69,6 +69,12 @@ class Rows:
             ids, labels = [*ids, ids[-1]], [*labels, IGNORED]
         return {"input_ids": ids, "labels": labels}
 
+    def padding(self, batch_size: int, longest_first: bool = True) -> float:
+        """The part of batches [B, longest] that is no position; in the engine's the longest sequences come first."""
+        sizes = np.sort(self.positions)[::-1] if longest_first else self.positions
+        batches = [sizes[start : start + batch_size] for start in range(0, len(sizes), batch_size)]
+        return 1 - float(sizes.sum()) / max(sum(len(sizes) * int(sizes.max()) for sizes in batches), 1)
+
     def sorted(self) -> "Rows":
         """Longest first: whoever batches in this order pads little."""
         order = sorted(range(len(self)), key=lambda row: -len(self.input_ids[row]))

@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ideal.footprint import fake
 from ideal.influence import DomainSample, InfluenceConfig, compute_influence, products, selection
+from ideal.influence.passes import Passes
 from ideal.influence.rehearsal import rehearse
 from ideal.influence.samples import draw_domain, whole_reference
 
@@ -170,6 +171,17 @@ def test_positions_by_convention(world: World, convention: str):
 
 
 # The workload and its sides
+
+
+def test_padding_of_the_engines_batches(world: World):
+    """The part of what goes through the model that is no position; the engine's batches are of similar lengths."""
+    rows = as_rows(world.references["down"])
+    passes = Passes(world.model, {}, InfluenceConfig(batch_size=2), 0)
+    batches = list(passes.batches([whole_reference("down", rows)], drawn=False))
+    size = sum(batch.input_ids.numel() for batch in batches)
+    expected = 1 - sum(sum(batch.positions.sizes) for batch in batches) / size
+    assert rows.padding(2) == pytest.approx(expected, abs=1e-12)
+    assert rows.padding(2) < rows.padding(2, longest_first=False)
 
 
 def test_workload_keeps_its_rows(tmp_path: Path):
