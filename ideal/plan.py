@@ -390,10 +390,13 @@ def _weights(model: torch.nn.Module, shards: int, held: int, computed: int) -> d
     (embeddings, head) stays whole. They are added to the peak of all else, which may fall when nothing is gathered.
     """
     whole = _count(model.parameters())
+    # Adapters are float32 in a narrower model.
+    wider = sum(p.numel() * max(p.element_size() - held, 0) for p in model.parameters() if p.requires_grad)
+    kept = (held * whole + wider) // shards
     if shards == 1:
-        return {"weights": held * whole}
+        return {"weights": kept}
     outside = whole - sum(_count(block.parameters()) for block in _blocks(model))
-    return {"weights": held * whole // shards, "gathered": computed * (outside + 2 * _largest_block(model))}
+    return {"weights": kept, "gathered": computed * (outside + 2 * _largest_block(model))}
 
 
 def _largest_block(model: torch.nn.Module) -> int:
@@ -492,7 +495,7 @@ def _disk(
     """Bytes by what for, over all processes."""
     stored = getattr(shape, "dtype", None)
     size = (stored if isinstance(stored, torch.dtype) else DTYPES[config.model.dtype]).itemsize
-    saved, size = (trained, _trained_size(config)) if config.model.lora.rank else (parameters, size)
+    saved = trained if config.model.lora.rank else parameters
     kept = 2 if config.keep_models == "final" else loops + 1
     disk = {f"{kept} models": kept * saved * size}
     given = config.train.arguments

@@ -290,12 +290,18 @@ def block_weights(blocks: int = BLOCKS) -> int:
 
 
 def tiny_plan(
-    processes: int = 1, machine: Machine | None = None, blocks: int = BLOCKS, longer: int = 0, **keys: Any
+    processes: int = 1,
+    machine: Machine | None = None,
+    blocks: int = BLOCKS,
+    longer: int = 0,
+    capabilities: str = "r",
+    **keys: Any,
 ) -> Plan:
-    """longer: tokens that one sequence of each set has beyond the others' 64."""
+    """longer: tokens that one sequence of each set has beyond the others' 64. capabilities: a letter for each."""
     shape = LlamaConfig(**{**peaks.TINY, "num_hidden_layers": blocks})
     rows = Counts(np.array([64 + longer] + [64] * 39), np.full(40, 48))
-    sizes = DataSizes({name: DomainSample(rows, np.ones(40, dtype=int)) for name in "ab"}, {"r": rows})
+    domains = {name: DomainSample(rows, np.ones(40, dtype=int)) for name in "ab"}
+    sizes = DataSizes(domains, dict.fromkeys(capabilities, rows))
     tree = {"train": {"global_batch_size": 16, "per_device_train_batch_size": 4}}
     for key, value in keys.items():
         group, name = key.split("__")
@@ -390,24 +396,57 @@ def test_auto_estimates_its_curvature_anew_within_the_budget(monkeypatch):
         tiny_plan(blocks=blocks, **keys, influence__memory_budget=0.98 * expected / 1e9)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_joint_solver_keeps_within_the_budget(processes, monkeypatch):
-    """Per owned layer the curvature, its damped eigenvalues, and eight gradients: of two domains, for which it solves
-    too, the solution, the residual, the direction and the product. Of another rank's layers a direction and its
+@pytest.mark.parametrize(
+    ("processes", "capabilities", "options", "tensors"),
+    [
+        (1, "r", {}, 4 * 2),
+        (2, "r", {}, 4 * 2),
+        (1, "rst", {}, 2 + 4 * 3),
+        (2, "rst", {}, 2 + 4 * 3),
+        (1, "r", {"error_sequences": 0}, 2 + 4 * 1),
+        (1, "rst", {"factors": "kfac"}, 4 * 3),
+        (1, "r", {"factors": "kfac", "error_sequences": 0}, 2 + 2 * 1),
+    ],
+)
+def test_the_joint_solver_keeps_within_the_budget(processes, capabilities, options, tensors, monkeypatch):
+    """Per owned layer the curvature, its damped eigenvalues, and tensors of a gradient's size: for each right-hand side
+    four, first of the capabilities beside the two domains' gradients (which K-FAC has none of then) and, for errors, of
+    the domains; or the domains' gradients beside what was solved. Of another rank's layers a direction and its
     product."""
     monkeypatch.setattr(selection, "FACTOR_SEQUENCES", 8)
     hidden, wide, blocks = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"], 4
     # Of gate and up, and of down.
     squares, weights = np.array([hidden**2 + 2 * wide**2, hidden**2 + wide**2]), np.array([2, 1]) * hidden * wide
-    owned = [4 * blocks // processes * (squares + (1 + 1 + 8) * weights).sum(), 4 * blocks * 2 * weights.sum()]
-    expected = owned[0] + (processes - 1) * owned[1] // processes
-    keys = {"influence__solver": "cg", "influence__pair_budget": 0}
+    owned = 4 * blocks * (squares + (1 + 1 + tensors) * weights).sum() // processes
+    expected = owned + 4 * blocks * 2 * weights.sum() * (processes - 1) // processes
+    keys = {"influence__solver": "cg", "influence__pair_budget": 0, "capabilities": capabilities}
+    keys |= {f"influence__{key}": value for key, value in options.items()}
     plan = tiny_plan(processes, blocks=blocks, **keys, influence__memory_budget=1.001 * expected / 1e9)
     held = max(phase.memory.get("factors", 0) + phase.memory.get("gradients", 0) for phase in plan.outer)
-    # One layer's solutions are there twice for a moment.
-    assert 0.9 * expected < held <= 1.001 * expected + 2 * 4 * hidden * wide
+    # Besides, first positions' sums, and for a moment one layer's solutions twice.
+    assert expected <= held <= expected + 100 + 4 * max(2, len(capabilities)) * hidden * wide
     with pytest.raises(UserError, match=f"all layers at once, {expected / 1e9:.3g} GB: raise influence.memory_budget"):
         tiny_plan(processes, blocks=blocks, **keys, influence__memory_budget=0.99 * expected / 1e9)
+
+
+def test_what_more_the_joint_solver_holds():
+    """With auto the capabilities' gradients and the first V_r, and no second halves there are; with bases in bfloat16
+    their copies."""
+
+    def need(**options):
+        keys = {"influence__solver": "cg"} | {f"influence__{key}": value for key, value in options.items()}
+        with pytest.raises(UserError, match="all layers at once") as refused:
+            tiny_plan(**keys, influence__memory_budget=1e-9, capabilities="rst")
+        return float(str(refused.value).split("once, ")[1].split(" GB")[0])
+
+    hidden, wide = peaks.TINY["hidden_size"], peaks.TINY["intermediate_size"]
+    squares, weights = BLOCKS * (2 * hidden**2 + 3 * wide**2), BLOCKS * 3 * hidden * wide
+    usual = 4 * (squares + (1 + 1 + 2 + 4 * 3) * weights)
+    # Three digits are said.
+    assert need() == pytest.approx(usual / 1e9, rel=5e-3)
+    assert need(basis_dtype="bfloat16") == pytest.approx((usual + 2 * squares) / 1e9, rel=5e-3)
+    halves = 4 * weights
+    assert need(sample_fraction="auto") == pytest.approx((usual + 4 * 2 * 3 * weights + halves) / 1e9, rel=5e-3)
 
 
 def test_work_is_that_of_six_flops_per_weight_and_token():

@@ -65,7 +65,7 @@ class InfluenceConfig:
     memory_budget: Annotated[float, Field(gt=0)] | None = None
     """GB per process for the layers' statistics: where the domains' and capabilities' gradients do not fit together,
     they take turns, each with a pass over the reference sets; then layers are worked on in parts, each with a pass
-    over the domains. None: no limit."""
+    over the domains (but for sample_fraction: auto and solver: cg, which need all together). None: no limit."""
     pair_budget: Annotated[float, Field(ge=0)] | None = None
     """GB per process, of a file in the folder for temporary files (TMPDIR), for what sequences hand to the layers: one
     that is needed again, as for covariances and then eigenvalues, does not go through the model again. At most half of

@@ -66,7 +66,8 @@ def compute_influence(
 
     Raises:
         UserError: no trained token in the mixture or in a reference set, `config.layers` match no
-            linear layer, one layer alone exceeds `config.memory_budget`, or the curvature is not finite.
+            linear layer, one layer alone exceeds `config.memory_budget` (with `auto` or the joint solver all of
+            them together), or the curvature is not finite.
     """
     # With auto all rows are drawn, in random order, and taken from the front.
     fraction = 1.0 if config.sample_fraction == "auto" else config.sample_fraction

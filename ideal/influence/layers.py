@@ -136,6 +136,8 @@ class Sizes:
     """Covariances, which become eigenbases in place, and eigenvalues."""
     halves: int
     """A second sum for the eigenvalues of few sequences, while they are estimated."""
+    copies: int
+    """What bases in bfloat16 take besides when all of them are used together."""
     gradient: int
     """One gradient, of a domain or a capability; its solution takes its place."""
 
@@ -146,12 +148,15 @@ def sizes_of(group: Group, config: InfluenceConfig, itemsize: int) -> Sizes:
     factors = 0 if config.factors == "identity" else weights * itemsize
     few = config.fractions.eigenvalue_fraction < 1 or config.sample_fraction == "auto"
     halves = factors if few and config.factors in ("ekfac", "diagonal") else 0
+    copies = 0
     if config.factors in ("ekfac", "kfac"):
         squares = group.width**2 + sum(size**2 for size in group.outputs.values())
         # bfloat16 products rotate with a copy of the bases.
         copied = config.product_dtype == "bfloat16" and config.basis_dtype == "float32" and itemsize == 4
         factors += squares * (itemsize + 2 * copied)
-    return Sizes(factors, halves, weights * itemsize)
+        # Kept in 2 bytes where 4 are counted, and used in 4.
+        copies = 2 * squares * (config.basis_dtype == "bfloat16" and itemsize == 4)
+    return Sizes(factors, halves, copies, weights * itemsize)
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ class Layout:
     gradient_parts: list[list[Group]]
     """For the gradients and the matrix."""
     at_once: int
-    """Gradients of each layer that are held at a time."""
+    """Gradients of each layer that are held at a time; with the joint solver, what else is of their size too."""
     in_turns: bool
     """Whether these are not all domains' and capabilities' together: then at most `at_once` of them take turns."""
     spilled: bool
@@ -187,15 +192,19 @@ def lay_out(
     sizes = {group.name: sizes_of(group, config, itemsize) for group in groups}
     budget = math.inf if config.memory_budget is None else config.memory_budget * 1e9
     factors = {name: size.factors + size.halves for name, size in sizes.items()}
-    auto = config.sample_fraction == "auto"
-    together, everywhere = _gradients_together(config, domains, capabilities, len(set(owners.values())))
+    auto, joint = config.sample_fraction == "auto", config.solver == "cg"
+    together = (_while_solving if joint else _all_gradients)(config, domains, capabilities)
+    # With several owners every rank has a direction and its product of all layers, not of its own alone.
+    everywhere = 2 if joint and len(set(owners.values())) > 1 else 0
     # The capabilities' gradients come where second halves were, but for auto's: it estimates these with all there.
-    whole = {name: size.factors + auto * size.halves + together * size.gradient for name, size in sizes.items()}
-    elsewhere = everywhere * sum(size.gradient for size in sizes.values())
-    need = elsewhere + max(_loads(groups, owners, whole).values())
+    whole = {
+        name: size.factors + auto * size.halves + joint * size.copies + (together - everywhere) * size.gradient
+        for name, size in sizes.items()
+    }
+    need = everywhere * sum(size.gradient for size in sizes.values()) + max(_loads(groups, owners, whole).values())
     if need <= budget:
         return Layout([groups], [groups], together, in_turns=False, spilled=False)
-    if auto or config.solver == "cg":
+    if auto or joint:
         key = "sample_fraction: auto" if auto else "solver: cg"
         raise UserError(
             f"influence.{key} needs the statistics of all layers at once, {need / 1e9:.3g} GB: raise"
@@ -223,16 +232,24 @@ def lay_out(
     return min(found, key=lambda layout: len(layout.gradient_parts))
 
 
-def _gradients_together(config: InfluenceConfig, domains: int, capabilities: int, ranks: int) -> tuple[int, int]:
-    """Gradients of each layer that its owner holds where all are there, beyond those that every rank holds of each."""
+def _all_gradients(config: InfluenceConfig, domains: int, capabilities: int) -> int:
+    """Of each layer, where no gradients take turns."""
     # auto keeps the capabilities' gradients beside the V_r: it may need them again, with a new curvature.
-    again = capabilities if config.sample_fraction == "auto" else 0
-    if config.solver == "direct":
-        return domains + capabilities + again, 0
-    # What `solve_joint` has for each right-hand side, first the capabilities' beside the domains' gradients and then
-    # the domains'; the preconditioner's eigenvalues; and of other ranks' layers a direction and its product.
-    solving = max(domains + again + 4 * capabilities, 4 * domains) + 1
-    return (solving, 0) if ranks == 1 else (solving - 2, 2)
+    return domains + capabilities * (2 if config.sample_fraction == "auto" else 1)
+
+
+def _while_solving(config: InfluenceConfig, domains: int, capabilities: int) -> int:
+    """Tensors of a gradient's size that an owner holds of each of its layers with the joint solver.
+
+    `solve_joint` has four for each right-hand side (residual, solution, direction, product), and the preconditioner's
+    damped eigenvalues. It solves for the capabilities, and for the domains if there are errors to estimate.
+    """
+    auto = config.sample_fraction == "auto"
+    there = domains if auto or config.fisher == "empirical" and config.factors in ("ekfac", "diagonal") else 0
+    # auto's: the gradients, and the first V_r.
+    kept = 2 * capabilities if auto else 0
+    for_errors = 4 * domains if config.error_sequences else 0
+    return 1 + max(there + kept + 4 * capabilities, domains + kept + 2 * capabilities, for_errors)
 
 
 def _loads(groups: list[Group], owners: dict[str, int], sizes: dict[str, int]) -> dict[int, int]:

@@ -152,11 +152,13 @@ class _RehearsedEngine(_Engine):
                 yield batch
                 of_step += work[phase] + at_first.times(-1)
 
-        others = self.passes.footprint.kind
-        shapes = {tuple(layer.weight.shape) for group in part for layer in group.layers.values()}
-        self.passes.footprint.kind = lambda tensor: "gradients" if tensor.shape[-2:] in shapes else others(tensor)
+        # The solver makes its vectors itself, [K, O, I] of owned layers and [O, I] of the others.
+        usual_kind = self.passes.footprint.kind
+        shapes = {layer.weight.shape for group in part for layer in group.layers.values()}
+        shapes |= {tensor.shape for tensor in gradients.values()}
+        self.passes.footprint.kind = lambda tensor: "gradients" if tensor.shape in shapes else usual_kind(tensor)
         solution = self._joint(part, gradients, batches, 1)
-        self.passes.footprint.kind = others
+        self.passes.footprint.kind = usual_kind
         between = work[phase] + before.times(-1) + of_step.times(-1)
         every, alone = _lengths(factors), _lengths(step)
         all_steps = of_step.times(every.sum() / alone.sum(), (every**2).sum() / (alone**2).sum())

@@ -13,8 +13,8 @@ FACTOR_SEQUENCES = 320
 """Eigenvalues are estimated on so many sequences of each domain at least, where they alone tell the curvature's trace.
 With 32 of 100 for both, SmolLM2's matrix came out 1.25 times too large (docs/performance.md)."""
 POSITIONS_PER_DIMENSION = 48
-"""Positions that a factor of k x k entries is estimated on, at least, as multiples of k. With 11 SmolLM2's matrix was up
-to 14% of its largest entry off, eigenvalues from all sequences (docs/performance.md)."""
+"""Positions that a factor of k x k entries is estimated on, at least, as multiples of k. With 11 SmolLM2's matrix was
+up to 14% of its largest entry off, eigenvalues from all sequences (docs/performance.md)."""
 
 
 @dataclass

@@ -223,12 +223,12 @@ def test_small_domains_are_used_whole(world):
 @pytest.mark.parametrize("options", [{"sample_fraction": "auto"}, {"solver": "cg"}])
 def test_what_looks_at_all_gradients_again_is_refused_where_they_take_turns(world, options):
     """With room for the curvature (27,136 bytes) and one gradient of each layer, far from all of them."""
-    with pytest.raises(UserError, match="raise influence.memory_budget|allow at least that"):
+    with pytest.raises(UserError, match="raise influence.memory_budget"):
         influence(world, memory_budget=40e-6, **options)
 
 
 @pytest.mark.parametrize(
-    ("budget", "options"), [(200e-6, {"sample_fraction": "auto"}), (300e-6, {"solver": "cg"})]
+    ("budget", "options"), [(200e-6, {"sample_fraction": "auto"}), (320e-6, {"solver": "cg"})]
 )
 def test_what_looks_at_all_gradients_again_is_refused_where_the_curvature_is_spilled(two_layers, budget, options):
     """There would be room for all gradients, if curvatures were fetched one at a time."""

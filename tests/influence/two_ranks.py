@@ -34,7 +34,7 @@ CASES = {
     "auto": replace(BASE, sample_fraction="auto"),
     "joint": replace(BASE, solver="cg", layers=["*.down_proj", "*.up_proj"], solver_iterations=3),
 }
-SHARDED = ["ekfac", "ragged", "partitions", "sampled", "sketch", "in bases", "auto"]
+SHARDED = ["ekfac", "ragged", "partitions", "sampled", "sketch", "in bases", "auto", "joint"]
 """Cases that are computed with parameters sharded by FSDP2 too."""
 
 
