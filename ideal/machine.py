@@ -89,6 +89,7 @@ def measured() -> Machine:
     size = 1024 if device.type == "cpu" else 8192
 
     def product(dtype: torch.dtype) -> float:
+        """FLOP/s of square products in it."""
         a = torch.rand(size, size, device=device, dtype=dtype)
         return 2 * size**3 / _seconds(lambda: a @ a, device)
 

@@ -82,6 +82,7 @@ class DataSizes:
         """From loaded sets (`ideal.data.ExampleSet`)."""
 
         def sizes(sets: Mapping[str, Any]) -> dict[str, Counts]:
+            """What the plan needs of each set."""
             return {name: Counts(s.lengths, s.trained_tokens, s.positions) for name, s in sets.items()}
 
         domains = {name: DomainSample(pool, counts[name]) for name, pool in sizes(pools).items()}
@@ -433,6 +434,7 @@ def _evaluation(
     model.eval()
 
     def run(length: int) -> Footprint:
+        """One batch of sequences of so many tokens."""
         with Footprint(_kind(_vocabulary(model))) as footprint, torch.no_grad():
             _loss(model, rows, length, amp=False)
         return footprint

@@ -88,6 +88,7 @@ def shared_inputs(model: nn.Module, layers: dict[str, nn.Linear], input_ids: Ten
     inputs: dict[str, Tensor] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Keeps the layer's input [1, S, I]."""
         if name in inputs:
             raise UserError(
                 f"influence.layers: {name} runs several times in a forward pass, which would mix its statistics:"

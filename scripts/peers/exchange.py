@@ -122,6 +122,7 @@ class Workload:
         with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
 
             def rows(kind: str, number: int) -> Rows:
+                """One set, from its rows laid end to end."""
                 ends = np.cumsum(arrays[f"{kind}.{number}.lengths"])[:-1]
                 ids, labels = (np.split(arrays[f"{kind}.{number}.{what}"], ends) for what in ("input_ids", "labels"))
                 return Rows([part.tolist() for part in ids], [part.tolist() for part in labels])
@@ -165,6 +166,7 @@ def padded(rows: list[dict[str, list[int]]], device: torch.device) -> dict[str, 
     longest = max(len(row["input_ids"]) for row in rows)
 
     def tensor(key: str, filler: int) -> torch.Tensor:
+        """[B, S] of one key."""
         return torch.tensor([row[key] + [filler] * (longest - len(row[key])) for row in rows], device=device)
 
     mask = [[1] * len(row["input_ids"]) + [0] * (longest - len(row["input_ids"])) for row in rows]
